@@ -1,0 +1,1 @@
+"""What methods share: sites, matching, codes, parameters, training, input checks."""

@@ -1,0 +1,73 @@
+"""What finished cells measured, as one table that rules, figures and reports read."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from etude.core.checks import InputError, nearest
+
+__all__ = ["Record", "Results"]
+
+Record = Mapping[str, Any]
+"""One row of measurements: coordinates and metrics by name, each a number, string, boolean or None."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """The records of a study's finished cells; every record carries its ``arm`` and ``seed``.
+
+    >>> results = Results([{"arm": "dense", "seed": 0, "remaining": 1.0, "accuracy": 0.9}])
+    >>> results.by_seed("accuracy", arm="dense", where={"remaining": 1.0})
+    {0: 0.9}
+    """
+
+    records: tuple[Record, ...]
+
+    def __init__(self, records: Iterable[Record]):
+        object.__setattr__(self, "records", tuple(records))
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self.records)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def select(self, arm: str | None = None, where: Mapping[str, Any] | None = None) -> "Results":
+        """The records of one arm whose coordinates equal ``where`` (numbers to a relative 1e-9)."""
+        return Results(
+            record
+            for record in self.records
+            if (arm is None or record["arm"] == arm)
+            and all(name in record and _equal(record[name], value) for name, value in (where or {}).items())
+        )
+
+    def by_seed(self, metric: str, arm: str, where: Mapping[str, Any] | None = None) -> dict[int, float]:
+        """``metric`` by seed, for one arm at one coordinate.
+
+        Several records of a seed (repeated draws) are averaged. Seeds without a record are absent.
+
+        Raises:
+            InputError: if records match but none carries ``metric``.
+        """
+        chosen = self.select(arm, where).records
+        if chosen and not any(metric in record for record in chosen):
+            names = sorted({name for record in chosen for name in record})
+            raise InputError(
+                f"no record of arm {arm!r} has it", where=f"metric {metric!r}", instead=nearest(metric, names)
+            )
+        values: dict[int, list[float]] = {}
+        for record in chosen:
+            if record.get(metric) is not None:
+                values.setdefault(int(record["seed"]), []).append(float(record[metric]))
+        return {seed: math.fsum(found) / len(found) for seed, found in sorted(values.items())}
+
+    def coordinates(self, name: str, arm: str | None = None) -> list[Any]:
+        """The distinct values of one coordinate, sorted."""
+        return sorted({record[name] for record in self.select(arm) if record.get(name) is not None})
+
+
+def _equal(found: Any, wanted: Any) -> bool:
+    if isinstance(found, (int, float)) and isinstance(wanted, (int, float)):
+        return math.isclose(found, wanted, rel_tol=1e-9)
+    return bool(found == wanted)

@@ -1,0 +1,264 @@
+"""Decision rules: how a claim is decided from values paired by seed.
+
+A rule is fixed before the study is run. It reads `etude.lab.Results` and returns a `Finding`: the effect, its
+95% interval, the bound it is held against, and a verdict. No verdict is issued on fewer than three seeds.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from etude.core.checks import InputError, check_at_least, check_fraction
+from etude.lab.results import Results
+from etude.lab.statistics import FEWEST_SEEDS, Interval, Verdict, bootstrap_mean, wilson
+
+__all__ = [
+    "Finding",
+    "Rule",
+    "all_of",
+    "at_least",
+    "at_most",
+    "better",
+    "holds_in",
+    "increases_with",
+    "more_often",
+    "no_worse",
+    "ratio_at_least",
+    "within",
+]
+
+Where = Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a rule found.
+
+    Args:
+        verdict: reproduced, not reproduced or inconclusive.
+        effect: the measured effect with its 95% interval.
+        bound: what the interval is held against, in words.
+        seeds: how many paired seeds it rests on.
+        parts: the findings of a combined rule's members.
+    """
+
+    verdict: Verdict
+    effect: Interval
+    bound: str
+    seeds: int
+    parts: tuple["Finding", ...] = ()
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A decision rule: its wording and its decision; called with `Results`, returns a `Finding`."""
+
+    wording: str
+    decide: Callable[[Results], Finding]
+
+    def __call__(self, results: Results) -> Finding:
+        """Decide on these results."""
+        return self.decide(results)
+
+
+def better(
+    arm: str, *, than: str, metric: str, by: float = 0.0, where: Where = None, lower: bool = False
+) -> Rule:
+    """``arm`` beats ``than`` by more than ``by``; set ``lower`` for a metric where less is better."""
+    check_at_least("by", by, 0.0)
+    return _difference(arm, than, metric, where, lower, bound=by, wording=f"better by more than {by:g}")
+
+
+def no_worse(
+    arm: str, *, than: str, metric: str, margin: float, where: Where = None, lower: bool = False
+) -> Rule:
+    """``arm`` falls behind ``than`` by less than ``margin``."""
+    check_at_least("margin", margin, 0.0)
+    return _difference(arm, than, metric, where, lower, bound=-margin, wording=f"no worse by {margin:g}")
+
+
+def within(arm: str, *, than: str, metric: str, margin: float, where: Where = None) -> Rule:
+    """``arm`` and ``than`` differ by less than ``margin`` either way."""
+    check_at_least("margin", margin, 0.0, strict=True)
+
+    def decide(results: Results) -> Finding:
+        pairs = _paired(results, arm, than, metric, where)
+        effect = bootstrap_mean([a - b for a, b in pairs])
+        inside = Verdict.REPRODUCED if -margin < effect.low and effect.high < margin else Verdict.INCONCLUSIVE
+        outside = effect.low > margin or effect.high < -margin
+        verdict = Verdict.NOT_REPRODUCED if outside else inside
+        return _finding(verdict, effect, f"inside ±{margin:g}", len(pairs))
+
+    return Rule(f"{metric}{_at(where)}: {arm} − {than} inside ±{margin:g}", decide)
+
+
+def ratio_at_least(arm: str, *, than: str, metric: str, factor: float = 1.0, where: Where = None) -> Rule:
+    """``metric`` of ``arm`` over that of ``than`` exceeds ``factor`` (geometric mean over seeds)."""
+    check_at_least("factor", factor, 0.0, strict=True)
+
+    def decide(results: Results) -> Finding:
+        pairs = _paired(results, arm, than, metric, where)
+        if any(value <= 0 for pair in pairs for value in pair):
+            return _finding(Verdict.INCONCLUSIVE, _UNKNOWN, f"ratio above {factor:g}", len(pairs))
+        logarithm = bootstrap_mean([math.log(a / b) for a, b in pairs])
+        effect = Interval(*(math.exp(x) for x in (logarithm.mean, logarithm.low, min(logarithm.high, 700.0))))
+        return _finding(effect.above(factor), effect, f"ratio above {factor:g}", len(pairs))
+
+    return Rule(f"{metric}{_at(where)}: {arm} / {than} above {factor:g}", decide)
+
+
+def at_least(arm: str, *, metric: str, value: float, where: Where = None) -> Rule:
+    """``metric`` of ``arm`` exceeds ``value``."""
+
+    def decide(results: Results) -> Finding:
+        found = list(results.by_seed(metric, arm, where).values())
+        effect = bootstrap_mean(found)
+        return _finding(effect.above(value), effect, f"above {value:g}", len(found))
+
+    return Rule(f"{metric}{_at(where)}: {arm} above {value:g}", decide)
+
+
+def at_most(arm: str, *, metric: str, value: float, where: Where = None) -> Rule:
+    """``metric`` of ``arm`` stays under ``value``."""
+
+    def decide(results: Results) -> Finding:
+        found = list(results.by_seed(metric, arm, where).values())
+        effect = bootstrap_mean(found)
+        verdict = Interval(-effect.mean, -effect.high, -effect.low).above(-value)
+        return _finding(verdict, effect, f"below {value:g}", len(found))
+
+    return Rule(f"{metric}{_at(where)}: {arm} below {value:g}", decide)
+
+
+def increases_with(
+    coordinate: str, *, arm: str, metric: str, where: Where = None, decreases: bool = False
+) -> Rule:
+    """``metric`` of ``arm`` rises (or ``decreases``) along ``coordinate``, by Kendall's tau of each seed."""
+    sign = -1 if decreases else 1
+
+    def decide(results: Results) -> Finding:
+        curves: dict[int, list[tuple[float, float]]] = {}
+        for record in results.select(arm, where):
+            if record.get(metric) is not None and record.get(coordinate) is not None:
+                point = (float(record[coordinate]), float(record[metric]))
+                curves.setdefault(int(record["seed"]), []).append(point)
+        taus = [
+            sign * float(stats.kendalltau(*zip(*curve, strict=True)).statistic) for curve in curves.values()
+        ]
+        effect = bootstrap_mean(taus)
+        return _finding(effect.above(0.0), effect, "rank correlation above 0", len(taus))
+
+    direction = "falls" if decreases else "rises"
+    return Rule(f"{metric}{_at(where)}: {arm} {direction} with {coordinate}", decide)
+
+
+def more_often(
+    arm: str,
+    *,
+    than: str,
+    metric: str,
+    threshold: float,
+    where: Where = None,
+    lower: bool = False,
+    alpha: float = 0.05,
+) -> Rule:
+    """``arm`` passes ``threshold`` in a larger share of runs than ``than``: Fisher's exact test, two-sided.
+
+    Every seed is one run. The effect shown is the difference of the success rates, with Newcombe's interval.
+    """
+    check_fraction("alpha", alpha)
+
+    def decide(results: Results) -> Finding:
+        counts = []
+        for name in (arm, than):
+            values = list(results.by_seed(metric, name, where).values())
+            counts.append((sum((v <= threshold) if lower else (v >= threshold) for v in values), len(values)))
+        (a, n), (b, m) = counts
+        if not (n and m):
+            return _finding(Verdict.INCONCLUSIVE, _UNKNOWN, "success rate higher", 0)
+        left, right = wilson(a, n), wilson(b, m)
+        gap = left.mean - right.mean
+        effect = Interval(
+            gap,
+            gap - math.hypot(left.mean - left.low, right.high - right.mean),
+            gap + math.hypot(left.high - left.mean, right.mean - right.low),
+        )
+        significant = stats.fisher_exact([[a, n - a], [b, m - b]]).pvalue < alpha
+        verdict = (
+            (Verdict.REPRODUCED if gap > 0 else Verdict.NOT_REPRODUCED)
+            if significant
+            else Verdict.INCONCLUSIVE
+        )
+        return _finding(verdict, effect, f"success rate higher (Fisher p < {alpha:g})", min(n, m))
+
+    side = "at most" if lower else "at least"
+    return Rule(f"{metric}{_at(where)} {side} {threshold:g}: more often in {arm} than in {than}", decide)
+
+
+def all_of(*rules: Rule) -> Rule:
+    """Every one of ``rules`` holds."""
+    return holds_in(len(rules), rules)
+
+
+def holds_in(least: int, rules: Sequence[Rule]) -> Rule:
+    """At least ``least`` of ``rules`` hold; not reproduced once too many of them fail for that.
+
+    The effect shown is that of the member nearest to its failure; all members are in ``parts``.
+    """
+    if not 1 <= least <= len(rules):
+        raise InputError(
+            f"got {least} of {len(rules)} rules", where="least", instead="give between 1 and their number"
+        )
+
+    def decide(results: Results) -> Finding:
+        parts = tuple(rule(results) for rule in rules)
+        holds = sum(part.verdict is Verdict.REPRODUCED for part in parts)
+        fails = sum(part.verdict is Verdict.NOT_REPRODUCED for part in parts)
+        verdict = Verdict.REPRODUCED if holds >= least else Verdict.INCONCLUSIVE
+        if fails > len(parts) - least:
+            verdict = Verdict.NOT_REPRODUCED
+        order = [Verdict.NOT_REPRODUCED, Verdict.INCONCLUSIVE, Verdict.REPRODUCED]
+        weakest = min(parts, key=lambda part: order.index(part.verdict))
+        return Finding(verdict, weakest.effect, weakest.bound, min(part.seeds for part in parts), parts)
+
+    joined = "; ".join(rule.wording for rule in rules)
+    return Rule(joined if least == len(rules) else f"at least {least} of: {joined}", decide)
+
+
+_UNKNOWN = Interval(math.nan, math.nan, math.nan)
+
+
+def _difference(
+    arm: str, than: str, metric: str, where: Where, lower: bool, bound: float, wording: str
+) -> Rule:
+    sign = -1 if lower else 1
+
+    def decide(results: Results) -> Finding:
+        pairs = _paired(results, arm, than, metric, where)
+        effect = bootstrap_mean([sign * (a - b) for a, b in pairs])
+        return _finding(effect.above(bound), effect, f"above {bound:g}", len(pairs))
+
+    shown = f"{than} − {arm}" if lower else f"{arm} − {than}"
+    return Rule(f"{metric}{_at(where)}: {shown}, {wording}", decide)
+
+
+def _paired(results: Results, arm: str, than: str, metric: str, where: Where) -> list[tuple[float, float]]:
+    left, right = results.by_seed(metric, arm, where), results.by_seed(metric, than, where)
+    return [(left[seed], right[seed]) for seed in sorted(left.keys() & right.keys())]
+
+
+def _finding(verdict: Verdict, effect: Interval, bound: str, seeds: int) -> Finding:
+    return Finding(
+        verdict if seeds >= FEWEST_SEEDS and np.isfinite(effect.mean) else Verdict.INCONCLUSIVE,
+        effect,
+        bound,
+        seeds,
+    )
+
+
+def _at(where: Where) -> str:
+    return " at " + ", ".join(f"{name}={value}" for name, value in where.items()) if where else ""

@@ -1,0 +1,136 @@
+"""A study is a description: paper, configuration, arms, a pure measurement, claims, a figure."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from etude.core.checks import InputError
+from etude.lab.results import Record, Results
+
+if TYPE_CHECKING:
+    import torch
+    from matplotlib.figure import Figure
+
+    from etude.lab.rules import Rule
+
+__all__ = ["Claim", "Context", "Paper", "Study"]
+
+PRESETS = ("smoke", "small", "paper")
+
+
+@dataclass(frozen=True)
+class Paper:
+    """The publication a study replays."""
+
+    title: str
+    authors: str
+    year: int
+    venue: str = ""
+    arxiv: str = ""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One sentence of a paper that can be measured.
+
+    Args:
+        id: short name, e.g. ``"C1"``.
+        statement: the claim in one sentence.
+        rule: how it is decided here, fixed before the study is run.
+        paper: what the paper reports and where, e.g. ``"Fig. 4: 97.9-98.3% at 3.6% of weights"``.
+        note: the best explanation of an outcome that differs from the paper's; shown beside the verdict.
+    """
+
+    id: str
+    statement: str
+    rule: "Rule"
+    paper: str = ""
+    note: str = ""
+
+
+class Context(Protocol):
+    """What the engine lends to a measurement."""
+
+    device: "torch.device"
+    """Where to compute."""
+
+    scratch: Path
+    """A folder of the cell's own, removed when the cell ends."""
+
+    def artifact(self, name: str, make: Callable[[], dict[str, "torch.Tensor"]]) -> dict[str, "torch.Tensor"]:
+        """Tensors that several arms of one study, configuration and seed share: made once, then read.
+
+        ``make`` must be a pure function of the study's configuration, the seed and ``name``; what it
+        returns is stored as safetensors, so that a cell gets the same tensors whether it made them or not.
+        """
+
+    def progress(self, fraction: float, **metrics: float) -> None:
+        """Tell the driver how far this cell is (0 to 1) and its current metrics; cheap, call it often."""
+
+
+Measure = Callable[[Any, str, int, Context], Record | Iterable[Record]]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A paper's claims, and everything needed to measure them.
+
+    Args:
+        slug: the study's name on the command line; equals its entry point's name.
+        paper: the publication.
+        method: dotted module of the method, e.g. ``"etude.compress.prune"``. Its source, with the study's
+            own, is part of every cell's key: change either and the cells are measured anew.
+        presets: for each of ``smoke``, ``small`` and ``paper`` a configuration (a frozen dataclass), or a
+            tuple of them of which the first whose data sets are on this machine is used.
+        arms: the method and its baselines.
+        measure: ``(config, arm, seed, context)`` to one record or several; pure given its arguments.
+        claims: what is decided from the records.
+        figure: results to the paper's figure, redrawn.
+        usage: the lines that apply the method to a reader's own model.
+        seeds: how many seeds `small` and `paper` run unless told otherwise.
+        headline: the metric shown while cells finish.
+    """
+
+    slug: str
+    paper: Paper
+    method: str
+    presets: Mapping[str, Any]
+    arms: tuple[str, ...]
+    measure: Measure
+    claims: tuple[Claim, ...]
+    figure: Callable[[Results], "Figure"]
+    usage: str
+    seeds: int = 5
+    headline: str = ""
+    origin: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "origin", self.origin or getattr(self.measure, "__module__", ""))
+        if missing := [name for name in PRESETS if name not in self.presets]:
+            raise InputError(
+                f"no preset {missing[0]!r}",
+                where=f"study {self.slug!r}",
+                instead="define all of " + ", ".join(PRESETS),
+            )
+        for name, choices in self.presets.items():
+            for config in choices if isinstance(choices, tuple) else (choices,):
+                if not (is_dataclass(config) and not isinstance(config, type)):
+                    raise InputError(
+                        f"got {config!r}",
+                        where=f"preset {name!r}",
+                        instead="give an instance of a frozen dataclass",
+                    )
+        if repeated := {claim.id for claim in self.claims if [c.id for c in self.claims].count(claim.id) > 1}:
+            raise InputError(
+                f"repeated claim {min(repeated)!r}",
+                where=f"study {self.slug!r}",
+                instead="give each claim its own id",
+            )
+
+    def data_sets(self, config: Any) -> tuple[str, ...]:
+        """The data sets a configuration names: its field ``dataset`` or, for several, ``datasets``."""
+        names = {entry.name for entry in fields(config)}
+        if "datasets" in names:
+            return tuple(config.datasets)
+        return (config.dataset,) if "dataset" in names and config.dataset else ()

@@ -1,0 +1,1 @@
+"""The few small reference networks that studies and tests use."""

@@ -1,0 +1,1 @@
+"""Aids for the training loop."""
