@@ -38,9 +38,7 @@ class Block(nn.Module):
 
 def cnn() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(1, 3, 3), nn.ReLU(inplace=True), Block(), Block(), nn.Flatten(), nn.Linear(108, 2)
-    )
+    return nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(inplace=True), Block(), Block(), nn.Flatten(), nn.Linear(108, 2))
 
 
 def images() -> torch.Tensor:
@@ -57,9 +55,7 @@ class Structured(nn.Module):
         super().__init__()
         self.kind = kind
 
-    def forward(
-        self, x: torch.Tensor, scale: torch.Tensor | None = None, *, shift: torch.Tensor | None = None
-    ):
+    def forward(self, x: torch.Tensor, scale: torch.Tensor | None = None, *, shift: torch.Tensor | None = None):
         first = x if scale is None else x * scale
         second = x + 1 if shift is None else x + shift
         return {
@@ -196,9 +192,7 @@ def test_training_with_capture_equals_training_without():
     for model in (plain, watched):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         for _ in range(3):
-            with (
-                capture(model, ["**", "**:input"], detach=False) if model is watched else torch.enable_grad()
-            ):
+            with capture(model, ["**", "**:input"], detach=False) if model is watched else torch.enable_grad():
                 loss = model(x).square().mean()
             optimizer.zero_grad()
             loss.backward()
@@ -216,9 +210,7 @@ def test_in_place_operations_after_a_site_do_not_change_what_was_recorded(detach
     assert (expected < 0).any()
     assert list(activations) == ["0", "1:input", "1"]
     for site in ("0", "0:output", "1:input"):
-        torch.testing.assert_close(
-            activations[site].clone(), expected.detach(), check_device=True
-        ) if detach else None
+        torch.testing.assert_close(activations[site].clone(), expected.detach(), check_device=True) if detach else None
         assert torch.equal(activations[site], expected)
     assert torch.equal(activations["1"], expected.relu())
     wants_graph = mode is torch.enable_grad and not detach
@@ -515,9 +507,7 @@ def test_compiled_code_is_refused_before_any_hook():
         capture(wrapped, "_orig_mod.0")
     model[1].compile(backend="eager")
     before = state_of(model)
-    with pytest.raises(
-        UnsupportedModuleError, match=r"module '1' \(Sequential\): compiled code ignores hooks"
-    ):
+    with pytest.raises(UnsupportedModuleError, match=r"module '1' \(Sequential\): compiled code ignores hooks"):
         edit(model, {"0": torch.neg, "1.0": torch.neg})
     assert_untouched(model, before)
     with edit(model, {"0": torch.zeros_like}), torch.no_grad():

@@ -168,9 +168,7 @@ def edit(model: nn.Module, edits: Mapping[str, Edit]) -> AbstractContextManager[
     >>> output.tolist()
     [[0.0, 0.0, 0.0]]
     """
-    return _editing(
-        [(*found, function) for each, function in edits.items() for found in _resolve(model, each)]
-    )
+    return _editing([(*found, function) for each, function in edits.items() for found in _resolve(model, each)])
 
 
 def units(activation: Float[Tensor, "..."], channel_axis: int) -> Float[Tensor, "samples units"]:
@@ -284,9 +282,7 @@ class _Site:
 def _listed(patterns: str | Iterable[str]) -> list[str]:
     listed = [patterns] if isinstance(patterns, str) else list(patterns)
     if not listed:
-        raise InputError(
-            "got no pattern", where="patterns", instead="give at least one; '**' is every module"
-        )
+        raise InputError("got no pattern", where="patterns", instead="give at least one; '**' is every module")
     return listed
 
 
@@ -345,9 +341,7 @@ def _matches(pattern: list[str], path: list[str]) -> bool:
 
 def _nearest(name: str, options: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, [option for option in options if option], n=3, cutoff=0.0)
-    return (
-        "the nearest are " + ", ".join(map(repr, close)) if close else "the only site is the model itself, ''"
-    )
+    return "the nearest are " + ", ".join(map(repr, close)) if close else "the only site is the model itself, ''"
 
 
 @dataclass(frozen=True)
@@ -372,9 +366,7 @@ class _Kept:
 
 
 @contextmanager
-def _recording(
-    model: nn.Module, places: list[tuple[_Site, nn.Module]], detach: bool
-) -> Iterator[Activations]:
+def _recording(model: nn.Module, places: list[tuple[_Site, nn.Module]], detach: bool) -> Iterator[Activations]:
     activations = Activations(str(site) for site, _ in places)
 
     def restart(module: nn.Module, args: Any) -> None:

@@ -148,9 +148,7 @@ def measure(
     return found[0], found[1]
 
 
-def shuffled_batches(
-    rows: int, batch_size: int, generator: torch.Generator
-) -> Iterator[Int64[Tensor, "batch"]]:
+def shuffled_batches(rows: int, batch_size: int, generator: torch.Generator) -> Iterator[Int64[Tensor, "batch"]]:
     """Endless batches of row indices: a fresh permutation an epoch, incomplete last batches dropped."""
     while True:
         order = torch.randperm(rows, generator=generator)

@@ -1,1 +1,7 @@
-"""Named data sets and generators."""
+"""Named data sets: the same names everywhere, from a package, a local folder or the Hub."""
+
+from etude._lazy import attach
+
+__getattr__, __dir__, __all__ = attach(
+    __name__, names={"sets": ["Dataset", "Split", "available", "identity", "load", "weights"]}
+)

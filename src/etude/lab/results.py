@@ -48,19 +48,44 @@ class Results:
         Several records of a seed (repeated draws) are averaged. Seeds without a record are absent.
 
         Raises:
-            InputError: if records match but none carries ``metric``.
+            InputError: if the arm has records but none carries a coordinate of ``where``, or if records
+                match but none carries ``metric``.
         """
-        chosen = self.select(arm, where).records
-        if chosen and not any(metric in record for record in chosen):
-            names = sorted({name for record in chosen for name in record})
-            raise InputError(
-                f"no record of arm {arm!r} has it", where=f"metric {metric!r}", instead=nearest(metric, names)
-            )
         values: dict[int, list[float]] = {}
-        for record in chosen:
-            if record.get(metric) is not None:
-                values.setdefault(int(record["seed"]), []).append(float(record[metric]))
+        for record in self._carrying((metric,), arm, where):
+            values.setdefault(int(record["seed"]), []).append(float(record[metric]))
         return {seed: math.fsum(found) / len(found) for seed, found in sorted(values.items())}
+
+    def curves(
+        self, coordinate: str, metric: str, arm: str, where: Mapping[str, Any] | None = None
+    ) -> dict[int, list[tuple[float, float]]]:
+        """The points (``coordinate``, ``metric``) by seed, for one arm.
+
+        Raises:
+            InputError: as `by_seed`.
+
+        >>> results = Results({"arm": "dense", "seed": 0, "step": i, "loss": 1 / i} for i in (1, 2))
+        >>> results.curves("step", "loss", arm="dense")
+        {0: [(1.0, 1.0), (2.0, 0.5)]}
+        """
+        points: dict[int, list[tuple[float, float]]] = {}
+        for record in self._carrying((coordinate, metric), arm, where):
+            points.setdefault(int(record["seed"]), []).append((float(record[coordinate]), float(record[metric])))
+        return dict(sorted(points.items()))
+
+    def _carrying(self, names: tuple[str, ...], arm: str, where: Mapping[str, Any] | None) -> tuple[Record, ...]:
+        """The chosen records with a value under each of ``names``; a name that none knows is an error."""
+        own, chosen = self.select(arm).records, self.select(arm, where).records
+        for records, wanted in ((own, tuple(where or ())), (chosen, names)):
+            known = sorted({name for record in records for name in record})
+            for name in wanted:
+                if records and name not in known:
+                    raise InputError(
+                        f"no record of arm {arm!r} has it",
+                        where=f"name {name!r}",
+                        instead=nearest(name, known),
+                    )
+        return tuple(record for record in chosen if all(record.get(name) is not None for name in names))
 
     def coordinates(self, name: str, arm: str | None = None) -> list[Any]:
         """The distinct values of one coordinate, sorted."""

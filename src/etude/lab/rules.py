@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 Where = Mapping[str, Any] | None
+LARGEST_LOGARITHM = 700.0
 
 
 @dataclass(frozen=True)
@@ -65,17 +66,13 @@ class Rule:
         return self.decide(results)
 
 
-def better(
-    arm: str, *, than: str, metric: str, by: float = 0.0, where: Where = None, lower: bool = False
-) -> Rule:
+def better(arm: str, *, than: str, metric: str, by: float = 0.0, where: Where = None, lower: bool = False) -> Rule:
     """``arm`` beats ``than`` by more than ``by``; set ``lower`` for a metric where less is better."""
     check_at_least("by", by, 0.0)
     return _difference(arm, than, metric, where, lower, bound=by, wording=f"better by more than {by:g}")
 
 
-def no_worse(
-    arm: str, *, than: str, metric: str, margin: float, where: Where = None, lower: bool = False
-) -> Rule:
+def no_worse(arm: str, *, than: str, metric: str, margin: float, where: Where = None, lower: bool = False) -> Rule:
     """``arm`` falls behind ``than`` by less than ``margin``."""
     check_at_least("margin", margin, 0.0)
     return _difference(arm, than, metric, where, lower, bound=-margin, wording=f"no worse by {margin:g}")
@@ -104,8 +101,9 @@ def ratio_at_least(arm: str, *, than: str, metric: str, factor: float = 1.0, whe
         pairs = _paired(results, arm, than, metric, where)
         if any(value <= 0 for pair in pairs for value in pair):
             return _finding(Verdict.INCONCLUSIVE, _UNKNOWN, f"ratio above {factor:g}", len(pairs))
-        logarithm = bootstrap_mean([math.log(a / b) for a, b in pairs])
-        effect = Interval(*(math.exp(x) for x in (logarithm.mean, logarithm.low, min(logarithm.high, 700.0))))
+        ratio = bootstrap_mean([math.log(a) - math.log(b) for a, b in pairs])
+        logarithms = np.clip([ratio.mean, ratio.low, ratio.high], -LARGEST_LOGARITHM, LARGEST_LOGARITHM)
+        effect = Interval(*map(float, np.exp(logarithms)))
         return _finding(effect.above(factor), effect, f"ratio above {factor:g}", len(pairs))
 
     return Rule(f"{metric}{_at(where)}: {arm} / {than} above {factor:g}", decide)
@@ -134,21 +132,13 @@ def at_most(arm: str, *, metric: str, value: float, where: Where = None) -> Rule
     return Rule(f"{metric}{_at(where)}: {arm} below {value:g}", decide)
 
 
-def increases_with(
-    coordinate: str, *, arm: str, metric: str, where: Where = None, decreases: bool = False
-) -> Rule:
+def increases_with(coordinate: str, *, arm: str, metric: str, where: Where = None, decreases: bool = False) -> Rule:
     """``metric`` of ``arm`` rises (or ``decreases``) along ``coordinate``, by Kendall's tau of each seed."""
     sign = -1 if decreases else 1
 
     def decide(results: Results) -> Finding:
-        curves: dict[int, list[tuple[float, float]]] = {}
-        for record in results.select(arm, where):
-            if record.get(metric) is not None and record.get(coordinate) is not None:
-                point = (float(record[coordinate]), float(record[metric]))
-                curves.setdefault(int(record["seed"]), []).append(point)
-        taus = [
-            sign * float(stats.kendalltau(*zip(*curve, strict=True)).statistic) for curve in curves.values()
-        ]
+        curves = results.curves(coordinate, metric, arm, where)
+        taus = [sign * _rank_correlation(curve) for curve in curves.values()]
         effect = bootstrap_mean(taus)
         return _finding(effect.above(0.0), effect, "rank correlation above 0", len(taus))
 
@@ -188,11 +178,7 @@ def more_often(
             gap + math.hypot(left.high - left.mean, right.mean - right.low),
         )
         significant = stats.fisher_exact([[a, n - a], [b, m - b]]).pvalue < alpha
-        verdict = (
-            (Verdict.REPRODUCED if gap > 0 else Verdict.NOT_REPRODUCED)
-            if significant
-            else Verdict.INCONCLUSIVE
-        )
+        verdict = (Verdict.REPRODUCED if gap > 0 else Verdict.NOT_REPRODUCED) if significant else Verdict.INCONCLUSIVE
         return _finding(verdict, effect, f"success rate higher (Fisher p < {alpha:g})", min(n, m))
 
     side = "at most" if lower else "at least"
@@ -207,23 +193,18 @@ def all_of(*rules: Rule) -> Rule:
 def holds_in(least: int, rules: Sequence[Rule]) -> Rule:
     """At least ``least`` of ``rules`` hold; not reproduced once too many of them fail for that.
 
-    The effect shown is that of the member nearest to its failure; all members are in ``parts``.
+    The effect shown is that of the member that decides; all members are in ``parts``.
     """
     if not 1 <= least <= len(rules):
-        raise InputError(
-            f"got {least} of {len(rules)} rules", where="least", instead="give between 1 and their number"
-        )
+        raise InputError(f"got {least} of {len(rules)} rules", where="least", instead="give between 1 and their number")
 
     def decide(results: Results) -> Finding:
         parts = tuple(rule(results) for rule in rules)
-        holds = sum(part.verdict is Verdict.REPRODUCED for part in parts)
-        fails = sum(part.verdict is Verdict.NOT_REPRODUCED for part in parts)
-        verdict = Verdict.REPRODUCED if holds >= least else Verdict.INCONCLUSIVE
-        if fails > len(parts) - least:
-            verdict = Verdict.NOT_REPRODUCED
-        order = [Verdict.NOT_REPRODUCED, Verdict.INCONCLUSIVE, Verdict.REPRODUCED]
-        weakest = min(parts, key=lambda part: order.index(part.verdict))
-        return Finding(verdict, weakest.effect, weakest.bound, min(part.seeds for part in parts), parts)
+        order = [Verdict.REPRODUCED, Verdict.INCONCLUSIVE, Verdict.NOT_REPRODUCED]
+        # With the best first, what the last one needed says is what the whole says.
+        decisive = sorted(parts, key=lambda part: order.index(part.verdict))[least - 1]
+        seeds = min(part.seeds for part in parts)
+        return Finding(decisive.verdict, decisive.effect, decisive.bound, seeds, parts)
 
     joined = "; ".join(rule.wording for rule in rules)
     return Rule(joined if least == len(rules) else f"at least {least} of: {joined}", decide)
@@ -232,9 +213,7 @@ def holds_in(least: int, rules: Sequence[Rule]) -> Rule:
 _UNKNOWN = Interval(math.nan, math.nan, math.nan)
 
 
-def _difference(
-    arm: str, than: str, metric: str, where: Where, lower: bool, bound: float, wording: str
-) -> Rule:
+def _difference(arm: str, than: str, metric: str, where: Where, lower: bool, bound: float, wording: str) -> Rule:
     sign = -1 if lower else 1
 
     def decide(results: Results) -> Finding:
@@ -258,6 +237,14 @@ def _finding(verdict: Verdict, effect: Interval, bound: str, seeds: int) -> Find
         bound,
         seeds,
     )
+
+
+def _rank_correlation(curve: Sequence[tuple[float, float]]) -> float:
+    """Kendall's tau-b of the points; 0 if the metric is flat, NaN if there is no coordinate to follow."""
+    positions, values = np.array(curve, dtype=np.float64).T
+    if not np.isfinite(values).all() or len(np.unique(positions)) < 2:
+        return math.nan
+    return 0.0 if len(np.unique(values)) < 2 else float(stats.kendalltau(positions, values).statistic)
 
 
 def _at(where: Where) -> str:

@@ -70,6 +70,11 @@ class Context(Protocol):
 
 
 Measure = Callable[[Any, str, int, Context], Record | Iterable[Record]]
+"""``(config, arm, seed, context)`` to one record or several.
+
+Draw from generators seeded by ``seed``. The global generators are seeded anew for each cell too, but threads of
+one process share them, so what draws from them repeats exactly only where cells run in processes of their own.
+"""
 
 
 @dataclass(frozen=True)
@@ -114,19 +119,20 @@ class Study:
                 instead="define all of " + ", ".join(PRESETS),
             )
         for name, choices in self.presets.items():
-            for config in choices if isinstance(choices, tuple) else (choices,):
-                if not (is_dataclass(config) and not isinstance(config, type)):
+            for config in (choices or (None,)) if isinstance(choices, tuple) else (choices,):
+                if not _is_frozen(config):
                     raise InputError(
                         f"got {config!r}",
                         where=f"preset {name!r}",
                         instead="give an instance of a frozen dataclass",
                     )
-        if repeated := {claim.id for claim in self.claims if [c.id for c in self.claims].count(claim.id) > 1}:
-            raise InputError(
-                f"repeated claim {min(repeated)!r}",
-                where=f"study {self.slug!r}",
-                instead="give each claim its own id",
-            )
+        for what, names in (("claim", [claim.id for claim in self.claims]), ("arm", list(self.arms))):
+            if repeated := {name for name in names if names.count(name) > 1}:
+                raise InputError(
+                    f"repeated {what} {min(repeated)!r}",
+                    where=f"study {self.slug!r}",
+                    instead=f"give each {what} its own name",
+                )
 
     def data_sets(self, config: Any) -> tuple[str, ...]:
         """The data sets a configuration names: its field ``dataset`` or, for several, ``datasets``."""
@@ -134,3 +140,8 @@ class Study:
         if "datasets" in names:
             return tuple(config.datasets)
         return (config.dataset,) if "dataset" in names and config.dataset else ()
+
+
+def _is_frozen(config: object) -> bool:
+    is_instance = is_dataclass(config) and not isinstance(config, type)
+    return is_instance and bool(getattr(type(config), "__dataclass_params__").frozen)  # noqa: B009

@@ -1,1 +1,14 @@
 """The few small reference networks that studies and tests use."""
+
+from etude._lazy import attach
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    names={
+        "conv": ["conv_net", "five_conv_net"],
+        "initial": ["initialise"],
+        "memory_network": ["MemoryNetwork"],
+        "dense": ["lenet_300_100", "mlp"],
+        "resnet": ["ResNet"],
+    },
+)

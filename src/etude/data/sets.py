@@ -1,0 +1,291 @@
+"""Load a data set by name: bundled with scikit-learn, from the folder ``ETUDE_DATA``, or from the Hub.
+
+Splits are deterministic; decoded tensors are cached on disk. Importing this module touches no network, and
+neither does anything but `load` of a set that is nowhere on the machine.
+"""
+
+import hashlib
+import io
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Shaped
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from etude.core.checks import InputError, nearest
+
+__all__ = ["Dataset", "Split", "available", "identity", "load", "weights"]
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows of a data set: images are float32 in [0, 1], ``(rows, channels, height, width)``."""
+
+    inputs: Shaped[Tensor, "rows ..."]
+    targets: Shaped[Tensor, "rows ..."]
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def take(self, rows: int) -> "Split":
+        """The first ``rows`` rows (rows are already shuffled, with a fixed seed)."""
+        if not 1 <= rows <= len(self):
+            raise InputError(f"got {rows} of {len(self)}", where="rows", instead="give at least 1 and at most all")
+        return Split(self.inputs[:rows], self.targets[:rows])
+
+    def to(self, device: torch.device | str) -> "Split":
+        """The same rows on another device."""
+        return Split(self.inputs.to(device), self.targets.to(device))
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set with its splits.
+
+    Args:
+        name: the name it was asked for.
+        source: where it was found: ``"bundled"``, ``"folder"`` or ``"hub"``.
+        classes: number of classes; 0 for regression.
+        train: rows to learn from.
+        validation: rows held out of the published training set.
+        test: the published test rows, or rows held out where none are published.
+    """
+
+    name: str
+    source: str
+    classes: int
+    train: Split
+    validation: Split
+    test: Split
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """How a named set is found and cut: rows of (validation, test), 0 where the set publishes its test."""
+
+    classes: int
+    validation: int
+    test: int
+    bundled: str = ""
+    hub: str = ""
+    image: str = ""
+
+
+CATALOGUE: dict[str, _Entry] = {
+    "digits": _Entry(10, 200, 397, bundled="load_digits"),
+    "breast_cancer": _Entry(2, 69, 100, bundled="load_breast_cancer"),
+    "wine": _Entry(3, 28, 50, bundled="load_wine"),
+    "diabetes": _Entry(0, 42, 100, bundled="load_diabetes"),
+    "mnist": _Entry(10, 5000, 0, hub="ylecun/mnist", image="L"),
+    "cifar10": _Entry(10, 5000, 0, hub="uoft-cs/cifar10", image="RGB"),
+}
+
+
+def load(name: str) -> Dataset:
+    """Load a data set.
+
+    Args:
+        name: ``digits``, ``breast_cancer``, ``wine`` or ``diabetes`` (bundled with scikit-learn), ``mnist``
+            or ``cifar10`` (folder ``ETUDE_DATA``, else the Hub).
+
+    Raises:
+        InputError: for an unknown name, or when the set is in none of the three places; it says which they
+            are and how to get the set.
+
+    >>> digits = load("digits")
+    >>> digits.train.inputs.shape, len(digits.validation), len(digits.test)
+    (torch.Size([1200, 1, 8, 8]), 200, 397)
+    """
+    entry = _entry(name)
+    source, signature = _locate(name)
+    return _load(name, entry, source, signature)
+
+
+def available(name: str) -> bool:
+    """Whether the set is on this machine: bundled, in ``ETUDE_DATA`` or cached. Never touches the network."""
+    _entry(name)
+    return _locate(name)[0] != "hub" or _cache_file(name, "hub").exists()
+
+
+def identity(name: str) -> str:
+    """A digest that changes when the data behind ``name`` do; from file sizes and times, not contents."""
+    _entry(name)
+    return hashlib.sha256(_locate(name)[1].encode()).hexdigest()
+
+
+def weights(collection: str, name: str) -> Tensors:
+    """Published network weights, from the folder ``ETUDE_DATA``.
+
+    Args:
+        collection: folder of safetensors files, e.g. ``"cifar10_resnets"``.
+        name: file without its ending, e.g. ``"resnet20"``.
+
+    Raises:
+        InputError: if the file is not there; it names those that are.
+    """
+    folder = _folder(collection)
+    if folder is None:
+        raise InputError(
+            "not found", where=f"weights {collection!r}", instead="point ETUDE_DATA at a folder that holds it"
+        )
+    names = sorted(path.stem for path in folder.glob("*.safetensors"))
+    if name not in names:
+        raise InputError("not found", where=f"weights {collection}/{name}", instead=nearest(name, names))
+    return load_file(folder / f"{name}.safetensors")
+
+
+def _entry(name: str) -> _Entry:
+    if name not in CATALOGUE:
+        raise InputError(f"unknown name {name!r}", where="data", instead=nearest(name, CATALOGUE))
+    return CATALOGUE[name]
+
+
+def _folder(name: str) -> Path | None:
+    root = os.environ.get("ETUDE_DATA")
+    folder = Path(root) / name if root else None
+    return folder if folder is not None and folder.is_dir() else None
+
+
+def _locate(name: str) -> tuple[str, str]:
+    """Where the set would come from, and a signature of its content there."""
+    if CATALOGUE[name].bundled:
+        import sklearn
+
+        return "bundled", f"scikit-learn {sklearn.__version__} {name}"
+    folder = _folder(name)
+    if folder is not None:
+        files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.glob("*.parquet"))]
+        return "folder", f"{name} {files}"
+    return "hub", f"{name} {CATALOGUE[name].hub}"
+
+
+@lru_cache(maxsize=4)
+def _load(name: str, entry: _Entry, source: str, signature: str) -> Dataset:
+    readers: dict[str, Callable[[], Tensors]] = {
+        "bundled": lambda: _read_bundled(entry),
+        "folder": lambda: _cached(_cache_file(name, signature), lambda: _read_folder(name, entry)),
+        "hub": lambda: _cached(_cache_file(name, "hub"), lambda: _read_hub(name, entry)),
+    }
+    tensors = readers[source]()
+    splits = _cut(tensors, entry)
+    return Dataset(name, source, entry.classes, *splits)
+
+
+def _cut(tensors: Tensors, entry: _Entry) -> tuple[Split, Split, Split]:
+    """Train, validation and test rows; the published test split stays whole."""
+    rows = Split(_scaled(tensors["inputs"]), tensors["targets"])
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+    held = order[: entry.validation], order[entry.validation : entry.validation + entry.test]
+    rest = order[entry.validation + entry.test :]
+
+    def part(index: Tensor) -> Split:
+        return Split(rows.inputs[index], rows.targets[index])
+
+    published = "test_inputs" in tensors
+    test = Split(_scaled(tensors["test_inputs"]), tensors["test_targets"]) if published else part(held[1])
+    return part(rest), part(held[0]), test
+
+
+def _scaled(inputs: Tensor) -> Tensor:
+    return inputs.float().div_(255) if inputs.dtype == torch.uint8 else inputs
+
+
+def _read_bundled(entry: _Entry) -> Tensors:
+    import sklearn.datasets
+
+    bunch = getattr(sklearn.datasets, entry.bundled)()
+    inputs = torch.tensor(bunch.data, dtype=torch.float32)
+    if entry.bundled == "load_digits":
+        inputs = inputs.view(-1, 1, 8, 8) / 16
+    kind = torch.int64 if entry.classes else torch.float32
+    return {"inputs": inputs, "targets": torch.tensor(bunch.target, dtype=kind)}
+
+
+def _read_folder(name: str, entry: _Entry) -> Tensors:
+    parquet = _require("pyarrow.parquet")
+    folder = _folder(name)
+    assert folder is not None, "located before it is read"
+
+    def rows(split: str) -> Iterable[dict[str, Any]]:
+        return parquet.read_table(folder / f"{split}.parquet").to_pylist()
+
+    return _decode(rows("train"), rows("test"), entry)
+
+
+def _read_hub(name: str, entry: _Entry) -> Tensors:
+    datasets = _require("datasets")
+    try:
+        found = datasets.load_dataset(entry.hub)
+    except Exception as error:  # the client raises a dozen kinds; all of them mean "not to be had"
+        raise InputError(
+            f"not bundled, not in ETUDE_DATA ({os.environ.get('ETUDE_DATA') or 'not set'}), and the Hub gave "
+            f"no {entry.hub} ({type(error).__name__})",
+            where=f"data {name!r}",
+            instead=f"connect to the Hub once, or put {name}/train.parquet and {name}/test.parquet into "
+            "a folder and point ETUDE_DATA at it",
+        ) from error
+    raw = {split: found[split].with_format("arrow")[:].to_pylist() for split in ("train", "test")}
+    return _decode(raw["train"], raw["test"], entry)
+
+
+def _decode(train: Iterable[dict[str, Any]], test: Iterable[dict[str, Any]], entry: _Entry) -> Tensors:
+    image = _require("PIL.Image")
+
+    def stack(rows: Iterable[dict[str, Any]]) -> tuple[Tensor, Tensor]:
+        pictures, labels = [], []
+        for row in rows:
+            picture = row["image"] if "image" in row else row["img"]
+            with image.open(io.BytesIO(picture["bytes"])) as opened:
+                pictures.append(np.asarray(opened.convert(entry.image)))
+            labels.append(row["label"])
+        array = np.stack(pictures)
+        array = array[:, None] if array.ndim == 3 else array.transpose(0, 3, 1, 2)
+        return torch.from_numpy(np.ascontiguousarray(array)), torch.tensor(labels, dtype=torch.int64)
+
+    inputs, targets = stack(train)
+    test_inputs, test_targets = stack(test)
+    return {"inputs": inputs, "targets": targets, "test_inputs": test_inputs, "test_targets": test_targets}
+
+
+def _require(module: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise InputError(
+            f"{module.partition('.')[0]} is not installed", where="data", instead='pip install "etude[lab]"'
+        ) from error
+
+
+def _cache_file(name: str, signature: str) -> Path:
+    root = os.environ.get("ETUDE_CACHE") or Path.home() / ".cache" / "etude"
+    return Path(root) / f"{name}-{hashlib.sha256(signature.encode()).hexdigest()[:16]}.safetensors"
+
+
+def _cached(path: Path, make: Callable[[], Tensors]) -> Tensors:
+    """Tensors from the cache, or made and cached; a cache that cannot be read or written is no error."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError):
+        tensors = make()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent)
+        os.close(descriptor)
+        save_file(tensors, temporary)
+        os.replace(temporary, path)
+    except OSError:
+        pass
+    return tensors
