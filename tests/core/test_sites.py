@@ -436,6 +436,9 @@ def test_a_deep_copy_made_inside_the_block_is_neither_edited_nor_recorded():
         twin = copy.deepcopy(model)
         assert torch.equal(twin(x), plain)
         assert "1" not in activations
+        model(x)
+        twin(x)
+        assert not activations["1"].any()
     assert torch.equal(twin(x), plain)
 
 
@@ -458,6 +461,20 @@ def test_edits_of_one_site_compose_in_their_order():
     model = nn.Sequential(nn.Identity(), nn.Identity())
     with edit(model, {"0": lambda x: x + 1, "*": lambda x: x * 2}):
         assert model(torch.ones(1)).item() == 8.0
+
+
+@pytest.mark.parametrize("kept", [{"first": torch.ones(2)}, [torch.ones(2)]], ids=["mapping", "list"])
+def test_a_container_that_the_module_keeps_is_not_changed(kept):
+    class Keeper(nn.Module):
+        def forward(self):
+            return kept
+
+    name = "first" if isinstance(kept, dict) else 0
+    model = Keeper()
+    with edit(model, {"": torch.neg}):
+        assert model()[name].tolist() == [-1.0, -1.0]
+    assert kept[name].tolist() == [1.0, 1.0]
+    assert model() is kept
 
 
 def test_an_edit_may_work_in_place():

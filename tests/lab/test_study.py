@@ -63,7 +63,7 @@ def test_a_study_knows_where_it_was_written_and_keeps_it_when_copied():
     ("changes", "message"),
     [
         ({"presets": {"smoke": Config(), "small": Config()}}, "study 'a-study': no preset 'paper'; define all"),
-        ({"presets": dict.fromkeys(("smoke", "small", "paper"), {"steps": 3})}, "preset 'smoke': got {'steps'"),
+        ({"presets": dict.fromkeys(("smoke", "small", "paper"), 3)}, "preset 'smoke': got 3"),
         ({"presets": {"smoke": Config(), "small": Config, "paper": Config()}}, "preset 'small': got <class"),
         ({"presets": {"smoke": Config(), "small": (), "paper": Config()}}, "preset 'small': got None"),
         ({"presets": {"smoke": Config(), "small": (Config(), 3), "paper": Config()}}, "'small': got 3"),

@@ -374,7 +374,7 @@ def _recording(model: nn.Module, places: list[tuple[_Site, nn.Module]], detach: 
             activations._clear()
 
     with ExitStack() as hooks:
-        hooks.callback(model.register_forward_pre_hook(restart, prepend=True).remove)
+        hooks.callback(model.register_forward_pre_hook(restart).remove)
         for site, module in places:
             calls = activations._calls[str(site)]
 

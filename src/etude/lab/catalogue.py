@@ -1,0 +1,109 @@
+"""The studies on this machine, found through the entry-point group ``etude.studies``."""
+
+import ast
+import importlib.util
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+
+from etude.core.checks import InputError, nearest
+from etude.lab.study import Study
+
+__all__ = ["Listing", "UnknownStudyError", "listings", "load"]
+
+GROUP = "etude.studies"
+
+
+class UnknownStudyError(InputError):
+    """No study of that name is installed; the message gives the nearest."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a list shows of a study.
+
+    Args:
+        slug: its name on the command line.
+        title: the paper's title.
+        year: the paper's year; 0 if unknown.
+        method: dotted module of the method.
+        theme: first part of that module below ``etude``, e.g. ``compress``.
+        error: why the study cannot be read; empty if it can.
+    """
+
+    slug: str
+    title: str = ""
+    year: int = 0
+    method: str = ""
+    theme: str = ""
+    error: str = ""
+
+
+def listings() -> list[Listing]:
+    """All studies by name, read from their source without running it, so that listing stays quick."""
+    return [_listing(entry) for entry in sorted(_entries(), key=lambda entry: entry.name)]
+
+
+def load(slug: str) -> Study:
+    """Import the study called ``slug``.
+
+    Raises:
+        UnknownStudyError: if none is installed under that name.
+        InputError: if its package does not give a `Study` of that name.
+    """
+    found = {entry.name: entry for entry in _entries()}
+    if slug not in found:
+        raise UnknownStudyError(f"unknown paper {slug!r}", instead=nearest(slug, sorted(found)))
+    try:
+        study = found[slug].load()
+    except Exception as error:
+        raise InputError(
+            f"cannot be imported ({type(error).__name__}: {error})",
+            where=f"study {slug!r}",
+            instead=f"mend or uninstall what provides {found[slug].value}",
+        ) from error
+    if not isinstance(study, Study) or study.slug != slug:
+        raise InputError(
+            f"its entry point gives {getattr(study, 'slug', type(study).__name__)!r}",
+            where=f"study {slug!r}",
+            instead="point it at a Study whose slug is the entry point's name",
+        )
+    return study
+
+
+def _entries() -> list[EntryPoint]:
+    return list({entry.name: entry for entry in entry_points(group=GROUP)}.values())
+
+
+def _listing(entry: EntryPoint) -> Listing:
+    try:
+        literals = _literals(entry.module)
+        if "title" not in literals:
+            study = load(entry.name)
+            literals = {"title": study.paper.title, "year": study.paper.year, "method": study.method}
+    except Exception as error:  # a broken plugin must not take the others down
+        return Listing(entry.name, error=str(error).splitlines()[0] if str(error) else type(error).__name__)
+    method = str(literals.get("method", ""))
+    parts = method.partition(",")[0].split(".")
+    year = literals.get("year", 0)
+    return Listing(
+        slug=entry.name,
+        title=str(literals["title"]),
+        year=year if isinstance(year, int) else 0,
+        method=method,
+        theme=parts[1] if parts[0] == "etude" and len(parts) > 1 else parts[0],
+    )
+
+
+def _literals(module: str) -> dict[str, object]:
+    """The literal arguments of ``Paper(...)`` and ``Study(...)`` in a module's source."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f"no module {module}")
+    found: dict[str, object] = {}
+    for node in ast.walk(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("Paper", "Study"):
+            for keyword in node.keywords:
+                if keyword.arg and isinstance(keyword.value, ast.Constant):
+                    found.setdefault(keyword.arg, keyword.value.value)
+    return found
