@@ -3,11 +3,12 @@
 import importlib
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 
 def attach(
     package: str, *, modules: Iterable[str] = (), names: Mapping[str, Iterable[str]] | None = None
-) -> tuple[Callable[[str], object], Callable[[], list[str]], list[str]]:
+) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
     """Return ``__getattr__``, ``__dir__`` and ``__all__`` for the package called ``package``.
 
     Args:
@@ -18,7 +19,7 @@ def attach(
     home = {name: module for module, exported in (names or {}).items() for name in exported}
     public = sorted({*modules, *home})
 
-    def load(name: str) -> object:
+    def load(name: str) -> Any:
         if name in home:
             value = getattr(importlib.import_module(f"{package}.{home[name]}"), name)
         elif name in public:
