@@ -136,11 +136,11 @@ def measure(config: Config, arm: str, seed: int, context: Context) -> list[Recor
     """Train one arm at its levels of sparsity."""
     experiment = Experiment(config, seed, context.device)
     found = context.artifact("tickets", lambda: _search(experiment, "reset", context))
-    if arm in (TICKET, DENSE):
-        return [
-            {"remaining": level(n), **_summary(found, n if arm == TICKET else 0)} | _movement(experiment, found, n)
-            for n in range(config.rounds + 1)
-        ]
+    rounds = range(config.rounds + 1)
+    if arm == DENSE:
+        return [{"remaining": level(n), **_summary(found, 0)} for n in rounds]
+    if arm == TICKET:
+        return [{"remaining": level(n), **_summary(found, n)} | _movement(experiment, found, n) for n in rounds]
     tickets = {n: _ticket(experiment, found, n) for n in COMPARED}
     if arm == CONTINUED:
         return _continued(experiment, tickets, context)
