@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from etude.core.checks import InputError, nearest
+from etude.core.checks import InputError, UnsupportedModuleError, nearest
 
 __all__ = ["bake_masks", "bare_name", "bare_state", "flatten", "mask_parameters", "owners", "unflatten"]
 
@@ -105,13 +105,36 @@ def mask_parameters(model: nn.Module, masks: Mapping[str, Bool[Tensor, "..."]]) 
 
 
 def bake_masks(model: nn.Module) -> nn.Module:
-    """A copy of a masked model as an ordinary one: plain parameters in which masked-out weights are zero."""
+    """A copy of a masked model as an ordinary one: plain parameters in which masked-out weights are zero.
+
+    Tied parameters stay tied.
+    """
     network = copy.deepcopy(model)
-    for module in list(network.modules()):
+    baked: dict[int, nn.Parameter] = {}
+    for path, module in list(network.named_modules()):
         if parametrize.is_parametrized(module):
-            for attribute in list(module.parametrizations):  # type: ignore[arg-type]
-                parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)
+            _bake(module, path, baked)
     return network
+
+
+def _bake(module: nn.Module, path: str, baked: dict[int, nn.Parameter]) -> None:
+    """Undo the masks of one module.
+
+    `torch.nn.utils.parametrize.remove_parametrizations` takes the property off the class, which copies share: the
+    masked original would lose its weight. The class is changed instead.
+    """
+    values = {}
+    for attribute, steps in module.parametrizations.items():  # type: ignore[union-attr, operator]
+        if not all(isinstance(step, _Mask) for step in steps):
+            raise UnsupportedModuleError(
+                path, module, f"its {attribute!r} has a parametrization besides the mask", instead="remove that first"
+            )
+        fresh = nn.Parameter(getattr(module, attribute).detach().clone(), steps.original.requires_grad)
+        values[attribute] = baked.setdefault(id(steps.original), fresh)
+    module.__class__ = parametrize.type_before_parametrizations(module)
+    del module._modules["parametrizations"]
+    for attribute, value in values.items():
+        module.register_parameter(attribute, value)
 
 
 class _Mask(nn.Module):

@@ -7,7 +7,6 @@ __getattr__, __dir__, __all__ = attach(
     names={
         "conv": ["conv_net", "five_conv_net"],
         "initial": ["initialise"],
-        "memory_network": ["MemoryNetwork"],
         "dense": ["lenet_300_100", "mlp"],
         "resnet": ["ResNet"],
     },

@@ -98,7 +98,7 @@ def build(folder: Path, studies: Mapping[str, Study], output: Path | None = None
     target.mkdir(parents=True, exist_ok=True)
     for page in pages:
         _write(target / f"{page.run.study}.html", environment.get_template("paper.html").render(page=page))
-        _write(target / "figures" / f"{page.run.study}.svg", _standalone(page.figure))
+        _write(target / "figures" / f"{page.run.study}.svg", _standalone(str(page.figure)))
         write_table([page.run], "csv", target / "records" / f"{page.run.study}.csv")
     counts = Counter(page.verdict(j.finding) for page in pages for j in page.judgements)
     _write(target / "index.html", environment.get_template("index.html").render(pages=pages, counts=counts))

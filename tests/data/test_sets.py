@@ -1,0 +1,134 @@
+"""Data sets by name: where they are looked for, how they are cut, and what a missing one says."""
+
+import io
+
+import numpy as np
+import pyarrow as arrow
+import pytest
+import torch
+from PIL import Image
+from pyarrow import parquet
+
+from etude import data
+from etude.core.checks import InputError
+from etude.data import sets
+
+
+@pytest.fixture(autouse=True)
+def own_places(tmp_path, monkeypatch):
+    """No test sees or leaves data of this machine."""
+    monkeypatch.setenv("ETUDE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("ETUDE_DATA", raising=False)
+    sets._load.cache_clear()
+    yield
+    sets._load.cache_clear()
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with a small MNIST in the layout of the Hub's parquet files."""
+    random = np.random.default_rng(0)
+    (tmp_path / "data" / "mnist").mkdir(parents=True)
+    for split, rows in (("train", 5100), ("test", 30)):
+        pictures = []
+        for index in range(rows):
+            buffer = io.BytesIO()
+            Image.fromarray(random.integers(0, 256, (4, 4), dtype=np.uint8)).save(buffer, "PNG")
+            pictures.append({"bytes": buffer.getvalue(), "path": f"{index}.png"})
+        table = arrow.table({"image": pictures, "label": [i % 10 for i in range(rows)]})
+        parquet.write_table(table, tmp_path / "data" / "mnist" / f"{split}.parquet")
+    monkeypatch.setenv("ETUDE_DATA", str(tmp_path / "data"))
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize(("name", "classes"), [("digits", 10), ("breast_cancer", 2), ("wine", 3), ("diabetes", 0)])
+def test_bundled_sets_are_cut_deterministically(name, classes):
+    first = data.load(name)
+    sets._load.cache_clear()
+    second = data.load(name)
+    assert first.source == "bundled"
+    assert first.classes == classes
+    for split in ("train", "validation", "test"):
+        assert torch.equal(getattr(first, split).inputs, getattr(second, split).inputs)
+        assert len(getattr(first, split)) == len(getattr(first, split).targets)
+    assert first.train.inputs.dtype == torch.float32
+
+
+def test_splits_do_not_overlap():
+    digits = data.load("digits")
+    rows = [tuple(row.flatten().tolist()) for s in (digits.train, digits.validation, digits.test) for row in s.inputs]
+    assert len(rows) == 1797
+    # A few digits occur twice in the set itself.
+    assert len(set(rows)) > 1780
+    assert digits.train.inputs.min() >= 0
+    assert digits.train.inputs.max() <= 1
+
+
+def test_a_folder_is_read_once_and_then_from_the_cache(folder, monkeypatch):
+    found = data.load("mnist")
+    assert found.source == "folder"
+    assert found.train.inputs.shape == (100, 1, 4, 4)
+    assert (len(found.validation), len(found.test)) == (5000, 30)
+    sets._load.cache_clear()
+    monkeypatch.setattr(sets, "_read_folder", lambda *_: pytest.fail("read again"))
+    assert torch.equal(data.load("mnist").test.inputs, found.test.inputs)
+
+
+def test_a_broken_cache_is_made_again_and_an_unwritable_one_is_no_error(folder, tmp_path, monkeypatch):
+    found = data.load("mnist")
+    for file in (tmp_path / "cache").iterdir():
+        file.write_bytes(b"broken")
+    sets._load.cache_clear()
+    assert torch.equal(data.load("mnist").test.inputs, found.test.inputs)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ETUDE_CACHE", str(tmp_path / "file" / "cache"))
+    sets._load.cache_clear()
+    assert torch.equal(data.load("mnist").test.inputs, found.test.inputs)
+
+
+def test_identity_follows_the_files(folder):
+    before = data.identity("mnist")
+    assert before == data.identity("mnist")
+    path = folder / "mnist" / "test.parquet"
+    path.write_bytes(path.read_bytes() + b" ")
+    assert data.identity("mnist") != before
+
+
+def test_availability_never_asks_the_network(monkeypatch, folder):
+    assert data.available("mnist")
+    assert data.available("digits")
+    assert not data.available("cifar10")
+
+
+def test_the_hub_is_asked_last_and_its_absence_explained(monkeypatch):
+    import datasets
+
+    def offline(name):
+        raise ConnectionError(name)
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(InputError, match=r"not bundled, not in ETUDE_DATA \(not set\).*Hub gave no ylecun/mnist"):
+        data.load("mnist")
+
+
+def test_what_the_hub_gives_is_cached(monkeypatch, folder, tmp_path):
+    import datasets
+
+    files = {split: str(folder / "mnist" / f"{split}.parquet") for split in ("train", "test")}
+    given = datasets.load_dataset("parquet", data_files=files, cache_dir=str(tmp_path / "hub"))
+    monkeypatch.delenv("ETUDE_DATA")
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: given)
+    assert not data.available("mnist")
+    found = data.load("mnist")
+    assert found.source == "hub"
+    assert found.train.inputs.shape == (100, 1, 4, 4)
+    assert data.available("mnist")
+
+
+def test_unknown_names_and_rows():
+    with pytest.raises(InputError, match="did you mean 'mnist'"):
+        data.load("mnits")
+    with pytest.raises(InputError, match="got 0 of 1200"):
+        data.load("digits").train.take(0)
+    with pytest.raises(InputError, match="ETUDE_DATA"):
+        data.weights("cifar10_resnets", "resnet20")
