@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from etude.core.checks import InputError
 from etude.lab.results import Record, Results
@@ -49,6 +49,7 @@ class Claim:
     note: str = ""
 
 
+@runtime_checkable
 class Context(Protocol):
     """What the engine lends to a measurement."""
 

@@ -1,0 +1,29 @@
+"""Every study of ours runs at smoke, draws its figure, and its rules can be decided on what it records."""
+
+import math
+
+import pytest
+
+from etude.lab import judge, run
+from etude.lab.catalogue import listings, load
+from etude.lab.store import Store
+
+SLUGS = [entry.slug for entry in listings() if entry.method.startswith("etude.")]
+
+
+def test_all_are_found():
+    assert {"lottery-ticket", "gradient-noise"} <= set(SLUGS)
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_smoke(slug, tmp_path):
+    study = load(slug)
+    outcome = run(study, preset="smoke", results=tmp_path, workers=1, seeds=1)
+    assert outcome.failed == ()
+    with Store(tmp_path) as store:
+        stored = store.runs()[0]
+    for judgement in judge(study, stored):
+        for finding in judgement.finding.parts or (judgement.finding,):
+            assert finding.seeds == 1, judgement.claim.id
+            assert not math.isnan(finding.effect.mean), judgement.claim.id
+    assert study.figure(stored.results).axes
