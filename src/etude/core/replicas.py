@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from etude.core.checks import InputError, UnsupportedModuleError
 
@@ -81,7 +82,9 @@ class Replicas(nn.Module):
         def single(values: dict[str, Tensor], batch: Tensor) -> Any:
             return functional_call(self._skeleton, values, (batch,))
 
-        return vmap(single, in_dims=(0, 0 if batches else None), randomness="different")(state, x)
+        # Fused attention kernels have no batching rule: they would run one replica after another.
+        with sdpa_kernel(SDPBackend.MATH):
+            return vmap(single, in_dims=(0, 0 if batches else None), randomness="different")(state, x)
 
     def train(self, mode: bool = True) -> "Replicas":
         """Set training mode on every replica."""

@@ -9,5 +9,6 @@ __getattr__, __dir__, __all__ = attach(
         "initial": ["initialise"],
         "dense": ["lenet_300_100", "mlp"],
         "resnet": ["ResNet"],
+        "transformer": ["Decoder", "VisionTransformer"],
     },
 )
