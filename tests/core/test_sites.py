@@ -612,6 +612,29 @@ def test_keyword_inputs_of_a_hugging_face_model():
     assert torch.equal(activations[":input.attention_mask"], inputs["attention_mask"])
 
 
+@pytest.mark.parametrize("side", ["output", "input"])
+def test_capture_and_edit_agree_with_nnsight(side):
+    nnsight = pytest.importorskip("nnsight")
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)), torch.randn(5, 4)
+    peer = nnsight.NNsight(model)
+    site = "2" if side == "output" else "3:input"
+
+    def silence(activation: torch.Tensor) -> torch.Tensor:
+        return torch.cat([torch.zeros_like(activation[:, :1]), activation[:, 1:]], dim=1)
+
+    with peer.trace(x):
+        hidden = peer[1].output.save()
+        peer[2].output[:, 0] = 0
+        read = peer[3].output.save()
+        expected = peer.output.save()
+    with edit(model, {site: silence}), capture(model, ["1", "3"]) as activations:
+        found = model(x)
+    assert torch.equal(activations["1"], hidden)
+    assert torch.equal(activations["3"], read)
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, model(x))
+
+
 # -------------------------------------------------------------------------------------------------- units
 
 
