@@ -64,6 +64,24 @@ def test_constant_units_are_undefined_not_zero():
     assert correlation(table, table)[1].isnan().all()
 
 
+def test_merged_moments_are_those_of_all_batches():
+    table = normal(200, 4) + 100
+    first, second, whole, copied = Moments(), Moments(), Moments(), Moments()
+    first.update(table[:77]), second.update(table[77:]), whole.update(table)
+    copied.merge(first)
+    first.merge(second)
+    assert (first.count, second.count, copied.count) == (200, 123, 77)
+    torch.testing.assert_close(first.mean, whole.mean)
+    torch.testing.assert_close(first.covariance, whole.covariance)
+    torch.testing.assert_close(copied.covariance, torch.cov(table[:77].double().T, correction=0))
+    with pytest.raises(InputError, match="no batch yet"):
+        first.merge(Moments())
+    other = Moments()
+    other.update(normal(5, 3))
+    with pytest.raises(InputError, match="give moments of 4 units"):
+        first.merge(other)
+
+
 def test_moments_refuse_what_they_cannot_take():
     moments = Moments()
     with pytest.raises(InputError, match="no batch yet"):

@@ -77,6 +77,15 @@ def test_clipping_is_per_replica():
     torch.testing.assert_close(after, expected.clamp(max=1.0), rtol=1e-4, atol=1e-6)
 
 
+def test_clipping_can_differ_between_replicas():
+    stacked = Replicas(networks())
+    (100 * stacked(torch.randn(5, 4))).sum().backward()
+    before = stacked.clip_grad_norm_(torch.inf)
+    stacked.clip_grad_norm_(torch.tensor([1.0, torch.inf, 2.0]))
+    expected = torch.tensor([1.0, before[1].item(), 2.0])
+    torch.testing.assert_close(stacked.clip_grad_norm_(torch.inf), expected, rtol=1e-4, atol=1e-6)
+
+
 def test_state_dict_round_trip_and_deepcopy():
     stacked, other = Replicas(networks(norm=True)), Replicas(networks(norm=True)[::-1])
     x = torch.randn(5, 4)

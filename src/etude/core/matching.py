@@ -52,22 +52,36 @@ class Moments:
             raise InputError(
                 f"got {tuple(table.shape)}", where="table", instead=f"give rows of samples with {held} units"
             )
-        if not bool(torch.isfinite(table).all()):
+        values = table.detach().double()
+        mean = values.mean(0)
+        if not bool(torch.isfinite(mean).all()):  # one such value makes its unit's mean so too
             raise InputError(
                 "holds a value that is not finite", where="table", instead="look for the site that overflows"
             )
-        values = table.detach().double()
-        mean = values.mean(0)
         centred = values - mean
-        products = centred.T @ centred
+        self._shift(len(values), mean).addmm_(centred.T, centred)
+
+    def merge(self, other: "Moments") -> None:
+        """Take in what another has seen of the same units, as if its batches had come here.
+
+        Raises:
+            InputError: if it has seen nothing yet, or another number of units.
+        """
+        mean, seen = other._filled()
+        if self._mean is not None and len(mean) != len(self._mean):
+            raise InputError(f"{len(mean)} units", where="other", instead=f"give moments of {len(self._mean)} units")
+        self._shift(other.count, mean).add_(seen)
+
+    def _shift(self, count: int, mean: Tensor) -> Tensor:
+        """Move to the common mean with ``count`` further samples, and return the products to add theirs to."""
         if self._mean is None or self._products is None:
-            self.count, self._mean, self._products = len(values), mean, products
-            return
-        total = self.count + len(values)
+            self._mean, self._products = torch.zeros_like(mean), mean.new_zeros(len(mean), len(mean))
         shift = mean - self._mean
-        self._products += products + torch.outer(shift, shift) * (self.count * len(values) / total)
-        self._mean = self._mean + shift * (len(values) / total)
+        total = self.count + count
+        self._mean = self._mean + shift * (count / total)
+        self._products.addr_(shift, shift, alpha=self.count * count / total)
         self.count = total
+        return self._products
 
     @property
     def mean(self) -> Float[Tensor, "units"]:

@@ -1,0 +1,287 @@
+"""Show several networks the same inputs and see what their units do, batch by batch."""
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from etude.core.checks import InputError, UnsupportedModuleError, check_at_least, nearest
+from etude.core.sites import capture, unit_axis, units
+from etude.core.sites import sites as list_sites
+
+__all__ = ["Observation", "Sites", "observe"]
+
+Sites = str | Sequence[str] | Sequence[Sequence[str]] | Mapping[str, str | Sequence[str]]
+
+TARGETS = ("labels", "label")
+"""Keys of a mapping that are targets, not inputs."""
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One batch at one site: the activations of each network at the same positions.
+
+    Args:
+        tables: for each network ``(images, positions, units)``.
+        seen: which positions count, ``(images, positions)``; all if None.
+    """
+
+    tables: Sequence[Float[Tensor, "images positions _"]]
+    seen: Bool[Tensor, "images positions"] | None = None
+
+    @property
+    def images(self) -> int:
+        """Number of examples in the batch."""
+        return len(self.tables[0])
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Number of units of each network."""
+        return tuple(table.shape[-1] for table in self.tables)
+
+    def rows(self) -> list[Tensor]:
+        """For each network a table ``(samples, units)`` of the positions that count."""
+        if self.seen is None:
+            return [table.flatten(0, 1) for table in self.tables]
+        return [table[self.seen] for table in self.tables]
+
+    def take(self, images: Tensor) -> "Observation":
+        """The same for some of the images."""
+        return Observation([table[images] for table in self.tables], None if self.seen is None else self.seen[images])
+
+    def shuffled(self) -> "Observation":
+        """Pair each image with other images in the other networks; positions stay aligned.
+
+        Network k sees the batch turned by k times a fixed share of it, so that no two see the same image.
+        """
+        step = self.images // len(self.tables)
+        seen = None
+        if self.seen is not None:
+            turned = [self.seen.roll(net * step, 0) for net in range(len(self.tables))]
+            seen = torch.stack(turned).all(0)
+        return Observation([table.roll(net * step, 0) for net, table in enumerate(self.tables)], seen)
+
+
+def observe(
+    models: Sequence[nn.Module],
+    batches: Iterable[Any],
+    sites: Sites,
+    *,
+    positions: int | None = None,
+    generator: torch.Generator | None = None,
+    axis: int | Mapping[str, int] | None = None,
+) -> Iterator[dict[str, Observation]]:
+    """Feed each batch to all networks and yield what they do, by site; see `unit_statistics`."""
+    if not models:
+        raise InputError("got no model", where="models", instead="give at least one")
+    if positions is not None:
+        check_at_least("positions", positions, 1)
+    if isinstance(batches, (Tensor, Mapping, str)):
+        raise InputError(
+            f"got one {type(batches).__name__}", where="batches", instead="give several, e.g. inputs.split(256)"
+        )
+    named = _resolved(models, sites)
+    axes = dict.fromkeys(named, axis) if axis is None or isinstance(axis, int) else _known_axes(axis, named)
+    draws = torch.Generator().manual_seed(0) if generator is None else generator
+    return _observations(models, batches, named, positions, draws, axes)
+
+
+def _observations(
+    models: Sequence[nn.Module],
+    batches: Iterable[Any],
+    named: Mapping[str, tuple[str, ...]],
+    positions: int | None,
+    generator: torch.Generator,
+    axes: Mapping[str, int | None],
+) -> Iterator[dict[str, Observation]]:
+    empty = True
+    for batch in batches:
+        empty = False
+        images, mask = _described(batch)
+        found: dict[str, list[Tensor]] = {site: [] for site in named}
+        for net, model in enumerate(models):
+            tables = _activations(model, batch, {site: names[net] for site, names in named.items()}, axes, images)
+            for site, table in tables.items():
+                found[site].append(table)
+        yield {site: _drawn(site, tables, mask, positions, generator) for site, tables in found.items()}
+    if empty:
+        raise InputError("got none", where="batches", instead="give at least one; a used-up iterator has none left")
+
+
+def _activations(
+    model: nn.Module, batch: Any, names: Mapping[str, str], axes: Mapping[str, int | None], images: int
+) -> dict[str, Tensor]:
+    """What one network does at each site, units last: (images, *positions, units)."""
+    with torch.no_grad(), _evaluating(model), capture(model, names.values()) as activations:
+        _forward(model, batch)
+    tables = {}
+    for site, name in names.items():
+        activation = activations[name]
+        if not activation.is_floating_point() or activation.dim() < 2 or activation.shape[0] != images:
+            raise InputError(
+                f"holds {activation.dtype} of shape {tuple(activation.shape)} for {images} examples",
+                where=f"site {name!r}",
+                instead="choose one whose first axis counts the examples",
+            )
+        tables[site] = activation.movedim(_axis(model, name, activation, axes[site]), -1)
+    return tables
+
+
+def _drawn(
+    site: str, activations: list[Tensor], mask: Tensor | None, positions: int | None, generator: torch.Generator
+) -> Observation:
+    """The positions that are observed, the same for all networks."""
+    shapes = [tuple(activation.shape[1:-1]) for activation in activations]
+    if len(set(shapes)) > 1:
+        raise InputError(
+            "networks see it at different positions: " + ", ".join(map(str, shapes)),
+            where=f"site {site!r}",
+            instead="resize the inputs, or choose sites after global pooling",
+        )
+    device = activations[0].device
+    seen = mask.to(device).bool() if mask is not None and tuple(mask.shape[1:]) == shapes[0] else None
+    tables = [units(each, -1).view(len(each), -1, each.shape[-1]).to(device) for each in activations]
+    count = tables[0].shape[1]
+    if positions is None or positions >= count:
+        return Observation(tables, seen)
+    chances = torch.rand(len(tables[0]), count, generator=generator).to(device)
+    if seen is not None:
+        chances = chances.masked_fill(~seen, -1)
+    chosen = chances.topk(positions, 1).indices
+    kept = [table.gather(1, chosen[..., None].expand(-1, -1, table.shape[-1])) for table in tables]
+    return Observation(kept, None if seen is None else seen.gather(1, chosen))
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the time being; each module's own mode is put back."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _forward(model: nn.Module, batch: Any) -> None:
+    held = next(model.parameters(), None)
+
+    def moved(value: Any) -> Any:
+        return value.to(held.device) if isinstance(value, Tensor) and held is not None else value
+
+    if isinstance(batch, Mapping):
+        parameters = inspect.signature(model.forward).parameters
+        anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        model(
+            **{
+                name: moved(value)
+                for name, value in batch.items()
+                if name not in TARGETS and (anything or name in parameters)
+            }
+        )
+    else:
+        model(moved(batch if isinstance(batch, Tensor) else batch[0]))
+
+
+def _described(batch: Any) -> tuple[int, Tensor | None]:
+    """The number of examples, and which tokens are real ones where the batch says so."""
+    mask = None
+    inputs = batch
+    if isinstance(batch, Mapping):
+        mask = batch.get("attention_mask")
+        inputs = next((value for value in batch.values() if isinstance(value, Tensor) and value.dim()), None)
+    elif isinstance(batch, (tuple, list)):
+        inputs = batch[0] if batch else None
+    if not isinstance(inputs, Tensor) or not inputs.dim() or not len(inputs):
+        raise InputError(
+            f"got a {type(batch).__name__} that holds no inputs",
+            where="batches",
+            instead="give tensors, tuples with the inputs first, or mappings of keyword arguments",
+        )
+    return len(inputs), mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def _axis(model: nn.Module, name: str, activation: Tensor, given: int | None) -> int:
+    if given is None:
+        path = name.partition(":")[0]
+        module = model.get_submodule(path)
+        try:
+            return unit_axis(module, activation)
+        except UnsupportedModuleError as error:
+            raise UnsupportedModuleError(
+                path,
+                module,
+                f"nothing tells which axis of {tuple(activation.shape)} counts units",
+                instead=f"give axis={{{name!r}: ...}}",
+            ) from error
+    if not -activation.dim() <= given < activation.dim() or given % activation.dim() == 0:
+        raise InputError(
+            f"got {given} for shape {tuple(activation.shape)}", where="axis", instead="name one after the batch's"
+        )
+    return given
+
+
+def _resolved(models: Sequence[nn.Module], wanted: Sites) -> dict[str, tuple[str, ...]]:
+    """For each site's name the site in every network."""
+    if isinstance(wanted, Mapping):
+        given = {name: [each] * len(models) if isinstance(each, str) else list(each) for name, each in wanted.items()}
+        for name, each in given.items():
+            if len(each) != len(models):
+                raise InputError(
+                    f"{len(each)} sites for {len(models)} networks", where=f"sites[{name!r}]", instead="give one each"
+                )
+        named = {name: _one_each(models, each) for name, each in given.items()}
+    else:
+        named = _listed(models, wanted)
+    if not named:
+        raise InputError("got none", where="sites", instead="name at least one")
+    return named
+
+
+def _listed(models: Sequence[nn.Module], wanted: str | Sequence[str] | Sequence[Sequence[str]]) -> dict[str, Any]:
+    patterns: list[Any] = [wanted] if isinstance(wanted, str) else list(wanted)
+    same = all(isinstance(pattern, str) for pattern in patterns)
+    if not same and len(patterns) != len(models):
+        raise InputError(
+            f"{len(patterns)} lists for {len(models)} networks", where="sites", instead="give one a network"
+        )
+    lists = [_expanded(model, patterns if same else patterns[net]) for net, model in enumerate(models)]
+    for net, found in enumerate(lists):
+        if (same and found != lists[0]) or len(found) != len(lists[0]):
+            raise InputError(
+                f"network {net} has {found}, network 0 has {lists[0]}",
+                where="sites",
+                instead="give a mapping from a name to the site in each network",
+            )
+    return dict(zip(lists[0], zip(*lists, strict=True), strict=True))
+
+
+def _expanded(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    found: dict[str, None] = {}
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        path, colon, side = pattern.partition(":")
+        found |= dict.fromkeys(each + colon + side for each in list_sites(model, path))
+    return list(found)
+
+
+def _one_each(models: Sequence[nn.Module], patterns: Sequence[str]) -> tuple[str, ...]:
+    chosen = []
+    for model, pattern in zip(models, patterns, strict=True):
+        found = _expanded(model, [pattern])
+        if len(found) > 1:
+            raise InputError(f"means {found}", where=f"site {pattern!r}", instead="name a single one")
+        chosen.append(found[0])
+    return tuple(chosen)
+
+
+def _known_axes(axis: Mapping[str, int], named: Mapping[str, Any]) -> dict[str, int | None]:
+    for site in axis:
+        if site not in named:
+            raise InputError("is not observed", where=f"axis[{site!r}]", instead=nearest(site, named))
+    return {site: axis.get(site) for site in named}
