@@ -59,7 +59,7 @@ def mutual_information(
         )
     cells = [_binned(table, bins, zero_bin) for table in (x, y)]
     used = bins + int(zero_bin)
-    masses = [_one_hot(each, used).double().sum(0).view(-1, used) for each in cells]
+    masses = [_columns(each, used).flatten().bincount(minlength=each.shape[1] * used).view(-1, used) for each in cells]
     entropies = [_entropy(mass, len(x)) for mass in masses]
     counts = [(mass > 0).sum(1).double() for mass in masses]
     bias = torch.outer(counts[0] - 1, counts[1] - 1) / (2 * len(x))
@@ -81,10 +81,15 @@ def _binned(table: Tensor, bins: int, zero_bin: bool) -> Int64[Tensor, "samples 
     return found.masked_fill(zero, 0).T
 
 
+def _columns(cells: Tensor, used: int) -> Int64[Tensor, "samples units"]:
+    """The bins of all units numbered one after another."""
+    return torch.arange(cells.shape[1], device=cells.device) * used + cells
+
+
 def _one_hot(cells: Tensor, used: int) -> Float[Tensor, "samples cells"]:
     """Bins as indicators, those of all units side by side."""
-    columns = torch.arange(cells.shape[1], device=cells.device) * used + cells
-    return torch.zeros(len(cells), cells.shape[1] * used, device=cells.device).scatter_(1, columns, 1.0)
+    table = torch.zeros(len(cells), cells.shape[1] * used, device=cells.device)
+    return table.scatter_(1, _columns(cells, used), 1.0)
 
 
 def _joint_entropy(x: Tensor, y: Tensor, used: int) -> Float[Tensor, "n m"]:
@@ -103,5 +108,5 @@ def _joint_entropy(x: Tensor, y: Tensor, used: int) -> Float[Tensor, "n m"]:
 
 def _entropy(counts: Tensor, samples: int) -> Tensor:
     """Entropy in nats over the last axis."""
-    share = counts / samples
+    share = counts.double() / samples
     return -torch.xlogy(share, share).sum(-1)

@@ -20,7 +20,7 @@ from etude.core.matching import Moments
 
 __all__ = ["UnitStatistics", "accumulate", "unit_samples", "unit_statistics", "warn_if_few"]
 
-BLOCK_ROWS = 16384
+BLOCK_ROWS = 4096
 """Rows of a table that are taken in at a time: bounds the float64 copies."""
 
 ENOUGH = 20

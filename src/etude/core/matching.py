@@ -52,13 +52,13 @@ class Moments:
             raise InputError(
                 f"got {tuple(table.shape)}", where="table", instead=f"give rows of samples with {held} units"
             )
-        values = table.detach().double()
+        values = table.detach().to(torch.float64, copy=True)
         mean = values.mean(0)
         if not bool(torch.isfinite(mean).all()):  # one such value makes its unit's mean so too
             raise InputError(
                 "holds a value that is not finite", where="table", instead="look for the site that overflows"
             )
-        centred = values - mean
+        centred = values.sub_(mean)
         self._shift(len(values), mean).addmm_(centred.T, centred)
 
     def merge(self, other: "Moments") -> None:
