@@ -3,11 +3,21 @@
 import os
 import time
 from dataclasses import dataclass
+from importlib.metadata import EntryPoint
 
 import torch
 from matplotlib.figure import Figure
 
-from etude.lab import Claim, Paper, Study, all_of, at_least, better
+from etude.lab import Claim, Paper, Study, all_of, at_least, better, catalogue
+
+
+def install(monkeypatch):
+    """Make it look as if this study's package were installed, one that cannot be imported, and no other."""
+    entries = [
+        EntryPoint("plain", "plain_study:study", catalogue.GROUP),
+        EntryPoint("broken", "no_such_module:study", catalogue.GROUP),
+    ]
+    monkeypatch.setattr(catalogue, "entry_points", lambda group: entries)
 
 
 @dataclass(frozen=True)

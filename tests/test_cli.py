@@ -1,5 +1,7 @@
 """The command line: its answers, its exit codes, its one-line errors."""
 
+import dataclasses
+import importlib.util
 import json
 import os
 import subprocess
@@ -10,22 +12,15 @@ from pathlib import Path
 import plain_study
 import pytest
 
-from etude import cli
-from etude.lab import catalogue, run
+from etude import __main__, cli
+from etude.lab import Claim, at_least, better, run
 
 LIST = "import sys; sys.argv = ['etude', 'list']; from etude.__main__ import main; main()"
 
 
 @pytest.fixture
 def installed(monkeypatch):
-    """The plain study as if its package were installed, and nothing else."""
-    from importlib.metadata import EntryPoint
-
-    entries = [
-        EntryPoint("plain", "plain_study:study", catalogue.GROUP),
-        EntryPoint("broken", "no_such_module:study", catalogue.GROUP),
-    ]
-    monkeypatch.setattr(catalogue, "entry_points", lambda group: entries)
+    plain_study.install(monkeypatch)
 
 
 @pytest.fixture
@@ -46,11 +41,16 @@ def test_list_is_quick_and_does_not_import_torch():
     assert min(times) < 1.0
 
 
-def test_a_closed_pipe_and_a_poor_locale_are_no_errors():
+def piped(command):
+    """Standard error, and what `etude` ended with, of `etude ... | head -n 1` in a poor locale."""
     environment = os.environ | {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
-    command = f'"{sys.executable}" -c "{LIST}" | head -n 1'
-    found = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment, check=True)
-    assert found.stderr == ""
+    line = f'"{sys.executable}" -m etude {command} | head -n 1; echo "${{PIPESTATUS[0]}}"'
+    found = subprocess.run(["bash", "-c", line], capture_output=True, text=True, env=environment, check=True)
+    return found.stderr, int(found.stdout.splitlines()[-1])
+
+
+def test_a_closed_pipe_ends_it_quietly_and_a_poor_locale_is_no_error():
+    assert piped("show lottery-ticket") == ("", 141)
 
 
 def test_list_and_show(installed, capsys):
@@ -62,8 +62,18 @@ def test_list_and_show(installed, capsys):
     assert cli.main(["list", "--theme", "core"]) == 0
     assert cli.main(["show", "plain"]) == 0
     shown = capsys.readouterr().out
-    assert "C1" in shown
-    assert "method, baseline" in shown
+    for text in (
+        "C1",
+        "method, baseline",
+        "here:  all of",
+        "- value at point=0: method above 100",
+        "note:  It is not large <here>.",
+    ):
+        assert text in shown
+    assert "points   1       3       9" in shown
+    assert "None    None" in shown
+    assert cli.main(["list", "--theme", "core"]) == 0
+    assert "broken" not in capsys.readouterr().out
 
 
 def test_run_ends_with_verdicts_and_the_reports_place(installed, capsys, tmp_path):
@@ -75,30 +85,107 @@ def test_run_ends_with_verdicts_and_the_reports_place(installed, capsys, tmp_pat
     assert "file://" in text
 
 
-def test_a_failed_cell_ends_with_one_and_its_traceback(installed, capsys, tmp_path, monkeypatch):
+def test_verdicts_are_those_of_the_run_asked_for(installed, capsys, tmp_path):
+    """Also if all its cells are kept from before and another configuration was measured in between."""
+    command = ["run", "plain", "--results", str(tmp_path), "--workers", "1"]
+    assert cli.main([*command, "--seeds", "3"]) == 0
+    first = capsys.readouterr().out.partition("plain (small")[2]
+    assert cli.main([*command, "--seeds", "4", "--set", "points=2"]) == 0
+    assert "plain (small, 4 seeds)" in capsys.readouterr().out
+    assert cli.main([*command, "--seeds", "3"]) == 0
+    again = capsys.readouterr().out
+    assert "6 kept from before" in again
+    assert again.partition("plain (small")[2] == first
+    assert "3 seeds" in (tmp_path / "report" / "plain.html").read_text()
+
+
+def test_a_failed_cell_ends_with_one_its_traceback_and_a_report(installed, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("PLAIN_STUDY_FAILS", "baseline")
+    assert cli.main(["run", "plain", "--results", str(tmp_path), "--workers", "1"]) == 1
+    captured = capsys.readouterr()
+    assert "RuntimeError" in captured.err
+    assert captured.err.endswith("4 cell(s) failed, see above; the same command measures them again\n")
+    assert "not measured: cells failed" in captured.out
+    assert "[8/8]" in captured.out
+    assert "4 failed cells" in (tmp_path / "report" / "index.html").read_text()
+
+
+def test_what_is_not_measured_in_a_preset_is_called_so(installed, capsys, tmp_path, monkeypatch):
+    elsewhere = better("method", than="baseline", metric="value", where={"point": 99})
+    claims = (Claim("C1", "Elsewhere.", elsewhere), Claim("C2", "Renamed.", at_least("method", metric="val", value=0)))
+    monkeypatch.setattr(plain_study, "study", dataclasses.replace(plain_study.study, claims=claims))
+    monkeypatch.setenv("COLUMNS", "200")
+    assert cli.main(["run", "plain", "--results", str(tmp_path), "--workers", "1", "--seeds", "3"]) == 0
+    shown = capsys.readouterr().out
+    assert "not measured in this preset" in shown
+    assert "did you mean 'value'" in shown
+    assert "nan" not in shown
+
+
+def test_all_leaves_out_what_cannot_be_imported_and_says_so(installed, capsys, tmp_path):
     assert cli.main(["run", "all", "--preset", "smoke", "--results", str(tmp_path), "--workers", "1"]) == 1
-    assert "RuntimeError" in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert captured.err.startswith("etude: left out: study 'broken': cannot be imported")
+    assert captured.err.count("\n") == 1
+    assert "plain (smoke, 2 seeds)" in captured.out
+
+
+def test_an_interrupt_ends_with_130_and_one_line(installed, capsys, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(plain_study, "study", dataclasses.replace(plain_study.study, measure=interrupt))
+    assert cli.main(["run", "plain", "--results", str(tmp_path), "--workers", "1"]) == 130
+    assert capsys.readouterr().err.startswith("etude: interrupted; finished cells are kept")
+
+
+def test_without_arguments_the_help_is_shown(capsys):
+    assert cli.main([]) == 0
+    assert "run" in capsys.readouterr().out
+    assert cli.main(["run", "-h"]) == 0
+    assert "--backend" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("missing", ["typer", "jinja2"])
+def test_without_the_lab_extra_one_line_says_what_to_install(missing, capsys, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else found(name))
+    with pytest.raises(SystemExit) as ended:
+        __main__.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == 'etude: the command line needs the lab extra: pip install "etude[lab]"\n'
 
 
 @pytest.mark.parametrize(
     ("arguments", "hint"),
     [
-        (["lst"], "list"),
+        (["lst"], "no command 'lst'; did you mean 'list'?"),
         (["run", "plan"], "did you mean 'plain'"),
         (["run", "plain", "--preset", "smal"], "did you mean 'small'"),
         (["run", "plain", "--backend", "lok"], "did you mean 'loky'"),
-        (["run", "plain", "--presett", "small"], "--preset"),
+        (["run", "plain", "--presett", "small"], "run has no option --presett; did you mean '--preset'?"),
+        (["run", "plain", "--worker", "2"], "did you mean '--workers'?"),
+        (["run"], "see etude run --help"),
+        (["run", "broken"], "mend or uninstall what provides no_such_module:study"),
+        (["run", "plain", "--set", "sizes=1,b"], "type tuple[int, ...]"),
+        (["run", "plain", "--workers", "0"], "workers"),
+        (["run", "plain", "--backend", "ray"], 'pip install "etude[ray]"'),
+        (["run", "plain", "--tracker", "tensorbord"], "did you mean 'tensorboard'"),
         (["run", "plain", "--set", "point=3"], "did you mean 'points'"),
         (["run", "plain", "--set", "points"], "--set name=value"),
         (["run", "plain", "--set", "points=x"], "type int"),
         (["run", "plain", "--seeds", "0"], "seeds"),
         (["run", "plain", "--seeds", "three"], "integer"),
-        (["run", "plain", "--device", "gpu9"], "'auto' or 'cpu'"),
+        (["run", "plain", "--device", "cpi"], "did you mean 'cpu'?"),
         (["list", "--theme", "compres"], "--theme"),
         (["export", "--format", "cvs"], "did you mean 'csv'"),
         (["show"], "paper"),
         (["new", "My Paper"], "my-paper"),
+        (["new", "torch"], "torch is taken"),
+        (["new", "class"], "class is taken"),
+        (["new", "plain"], "already installed"),
+        (["report"], "no results in results; run a study first"),
+        (["export"], "no results in results; run a study first"),
     ],
 )
 def test_unusable_arguments_end_with_two_and_one_line(installed, capsys, tmp_path, monkeypatch, arguments, hint):
@@ -110,11 +197,35 @@ def test_unusable_arguments_end_with_two_and_one_line(installed, capsys, tmp_pat
     assert not (tmp_path / "results").exists()
 
 
-def test_a_folder_that_cannot_be_used_ends_with_one_and_one_line(installed, capsys, tmp_path):
+def test_a_folder_that_cannot_be_used_ends_with_two_and_one_line(installed, capsys, tmp_path):
     (tmp_path / "file").write_text("")
-    assert cli.main(["run", "plain", "--results", str(tmp_path / "file" / "x")]) == 1
-    assert cli.main(["report", "--results", str(tmp_path / "none")]) == 1
+    assert cli.main(["run", "plain", "--results", str(tmp_path / "file" / "x")]) == 2
+    assert cli.main(["report", "--results", str(tmp_path / "none")]) == 2
     assert capsys.readouterr().err.count("\n") == 2
+
+
+def test_a_file_that_cannot_be_written_ends_with_one_and_one_line(installed, capsys, folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert cli.main(["report", "--results", str(folder), "--output", str(tmp_path / "file" / "x")]) == 1
+    assert cli.main(["export", "--results", str(folder), "--output", str(tmp_path / "file" / "x.csv")]) == 1
+    assert cli.main(["new", "my-paper", "--folder", str(tmp_path / "file")]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert all("file" in line for line in lines)
+
+
+def test_a_study_that_no_longer_imports_is_reported_as_stored(installed, capsys, folder, monkeypatch):
+    monkeypatch.setattr(plain_study, "study", "no study")
+    assert cli.main(["report", "--results", str(folder)]) == 0
+    assert "shown as stored, without verdicts" in capsys.readouterr().err
+    assert "not installed here" in (folder / "report" / "plain.html").read_text()
+
+
+def test_the_report_is_opened(installed, folder, monkeypatch):
+    opened = []
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    assert cli.main(["report", "--results", str(folder), "--open"]) == 0
+    assert opened == [(folder / "report" / "index.html").as_uri()]
 
 
 def test_report_and_export(installed, capsys, folder, tmp_path):
@@ -142,7 +253,22 @@ def test_a_new_study_works_as_written(capsys, tmp_path):
     made = tmp_path / "my-paper"
     assert 'my-paper = "my_paper.study:study"' in (made / "pyproject.toml").read_text()
     environment = os.environ | {"PYTHONPATH": str(made / "src")}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     found = subprocess.run(command, cwd=made, env=environment, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stdout + found.stderr
+    assert "2 passed" in found.stdout
     assert not Path("my-paper").exists()
+
+
+@pytest.mark.parametrize("rules", ["ours", "its own"])
+def test_a_new_study_passes_the_linter(tmp_path, rules):
+    ruff = Path(sys.executable).with_name("ruff")
+    if not ruff.exists():
+        pytest.skip("ruff is not installed")
+    assert cli.main(["new", "my-paper", "--folder", str(tmp_path)]) == 0
+    options = ["--config", str(Path(__file__).parents[1] / "pyproject.toml")] if rules == "ours" else []
+    for command in (["check", "--no-cache"], ["format", "--check", "--no-cache"]):
+        found = subprocess.run(
+            [ruff, *command, *options, "."], cwd=tmp_path / "my-paper", capture_output=True, text=True
+        )
+        assert found.returncode == 0, found.stdout

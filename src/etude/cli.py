@@ -7,27 +7,36 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from etude.core.checks import InputError, check_one_of
+from etude.core.checks import InputError, check_one_of, nearest
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from etude.lab.engine import Outcome
+    from etude.lab.study import Study
 
 __all__ = ["main"]
 
-DONE, FAILED, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, UNUSABLE, INTERRUPTED, UNHEARD = 0, 1, 2, 130, 141
 FORMATS = ("csv", "parquet", "json")
 
 application = typer.Typer(
-    add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 ResultsFolder = Annotated[Path, typer.Option("--results", help="The results folder.", metavar="DIR")]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns 0 done, 1 a cell failed, 2 unusable arguments, 130 interrupted."""
+    """Run the command line.
+
+    Returns:
+        0 done; 1 a cell failed, or the disk did; 2 unusable arguments; 130 interrupted; 141 nobody reads the output
+        any more (``| head``), which ends it as it ends any Unix tool.
+    """
     for stream in (sys.stdout, sys.stderr):
         # A terminal that cannot show a character must not end a run.
         if hasattr(stream, "reconfigure"):
@@ -38,39 +47,54 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader (`| head`) has gone; keep the interpreter from complaining about it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = DONE
+        code = UNHEARD
     return code
 
 
 def _dispatch(arguments: list[str] | None) -> int:
-    from etude.lab.store import StoreError
+    from etude.lab.store import FolderError, StoreError
 
     try:
-        result = application(arguments, standalone_mode=False, prog_name="etude")
+        given = sys.argv[1:] if arguments is None else arguments
+        result = application(given or ["--help"], standalone_mode=False, prog_name="etude")
+        if result == INTERRUPTED:  # Ctrl-C, as the command-line library tells it
+            return _interrupted()
         return result if isinstance(result, int) else DONE
-    except InputError as error:
+    except (InputError, FolderError) as error:
         return _complain(str(error), UNUSABLE)
     except StoreError as error:
         return _complain(str(error), FAILED)
-    except KeyboardInterrupt:
-        return _complain("interrupted; finished cells are kept, the same command goes on from there", INTERRUPTED)
     except BrokenPipeError:
         raise
+    except SystemExit as error:  # the library's way to end on a closed pipe
+        raise (error.__context__ if isinstance(error.__context__, BrokenPipeError) else error) from None
+    except OSError as error:
+        return _complain(f"{error.filename or 'a file'}: {error.strerror or error}", FAILED)
+    except KeyboardInterrupt:
+        return _interrupted()
     except Exception as error:
-        if type(error).__name__ == "Abort":  # Ctrl-C, as the command-line library tells it
-            return _complain("interrupted; finished cells are kept, the same command goes on from there", INTERRUPTED)
+        if type(error).__name__ == "Abort":  # Ctrl-C, as older versions of the library tell it
+            return _interrupted()
         if hasattr(error, "format_message"):
             return _complain(_usage_message(error), UNUSABLE)
         raise
 
 
+def _interrupted() -> int:
+    return _complain("interrupted; finished cells are kept, the same command goes on from there", INTERRUPTED)
+
+
 def _usage_message(error: Any) -> str:
     """The one line of a usage error of the command-line library."""
+    command = error.ctx.command_path if getattr(error, "ctx", None) else "etude"
+    if option := getattr(error, "option_name", None):
+        known = [name for parameter in error.ctx.command.params for name in parameter.opts if name.startswith("--")]
+        return f"{command.removeprefix('etude ')} has no option {option}; {nearest(option, sorted(known))}"
     message = str(error.format_message()).strip().rstrip(".").replace("\n", " ")
-    close = sorted(getattr(error, "possibilities", None) or [])
-    if close and "Did you mean" not in message:
-        return f"{message}; did you mean {close[0]!r}?"
-    return message if "Did you mean" in message else f"{message}; see etude --help"
+    if message.startswith("No such command"):
+        unknown = message.split("'")[1]
+        return f"no command {unknown!r}; {nearest(unknown, error.ctx.command.list_commands(error.ctx))}"
+    return f"{message}; see {command} --help"
 
 
 def _complain(message: str, code: int) -> int:
@@ -112,19 +136,43 @@ def show(paper: str) -> int:
 
     study = load(paper)
     about = study.paper
-    print(
-        f"{about.title}\n{about.authors}, {about.venue or about.year}"
-        + (f", arXiv {about.arxiv}" if about.arxiv else "")
-    )
+    place = about.venue or str(about.year)
+    print(f"{about.title}\n{about.authors}. {place}" + (f", arXiv {about.arxiv}" if about.arxiv else ""))
     print(f"\nmethod  {study.method}\narms    {', '.join(study.arms)}\nseeds   {study.seeds}")
     for claim in study.claims:
-        print(f"\n{claim.id}  {claim.statement}\n    paper: {claim.paper}\n    here:  {claim.rule.wording}")
-    print()
-    for name, choices in study.presets.items():
-        for config in choices if isinstance(choices, tuple) else (choices,):
-            print(f"{name:6}  {config}")
-    print(f"\n{study.usage.strip()}")
+        print(f"\n{claim.id}  {claim.statement}")
+        if claim.paper:
+            print(f"    paper: {claim.paper}")
+        parts = claim.rule.parts
+        if parts:
+            print(f"    here:  {'all' if claim.rule.least == len(parts) else f'at least {claim.rule.least}'} of")
+        for rule in parts or (claim.rule,):
+            print(f"    {'       - ' if parts else 'here:  '}{rule.wording}")
+        if claim.note:
+            print(f"    note:  {claim.note}")
+    _show_presets(study)
+    print(f"\nuse it on your model:\n\n{study.usage.strip()}")
     return DONE
+
+
+def _show_presets(study: "Study") -> None:
+    """A row a setting, a column a preset."""
+    from dataclasses import asdict
+
+    from etude.lab.cells import configure
+    from etude.lab.study import PRESETS
+
+    columns = {preset: asdict(configure(study, preset)) for preset in PRESETS}
+    names = list(dict.fromkeys(name for column in columns.values() for name in column))
+    rows = [["setting", *PRESETS]]
+    rows += [[name, *(str(column.get(name, "")) for column in columns.values())] for name in names]
+    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
+    print()
+    for row in rows:
+        print("  ".join(f"{text:{width}}" for text, width in zip(row, widths, strict=True)).rstrip())
+    for preset, choices in study.presets.items():
+        if isinstance(choices, tuple):
+            print(f"({preset}: the first of {len(choices)} configurations whose data sets are on this machine)")
 
 
 @application.command()
@@ -143,18 +191,14 @@ def run(
     """Measure papers (or 'all'), then judge their claims and write the report. Finished cells are kept."""
     from rich.console import Console
 
-    from etude.lab.catalogue import listings, load
     from etude.lab.engine import run as run_study
     from etude.lab.progress import ProgressDisplay
 
-    slugs = (
-        [entry.slug for entry in listings() if not entry.error] if papers == ["all"] else list(dict.fromkeys(papers))
-    )
-    studies = [load(slug) for slug in slugs]
+    studies, skipped = _chosen(papers)
     settings = dict(_setting(text) for text in setting or [])
     _check_settings(studies, preset, settings)
     console = Console(highlight=False)
-    outcomes = []
+    failed = 0
     with ProgressDisplay(console) as display:
         for study in studies:
             outcome = run_study(
@@ -170,11 +214,16 @@ def run(
                 tracker=tracker,
                 listener=display,
             )
-            outcomes.append(outcome)
             if outcome.interrupted:
                 raise KeyboardInterrupt
-    _conclude(console, outcomes, results)
-    return FAILED if any(outcome.failed for outcome in outcomes) else DONE
+            failed += len(outcome.failed)
+            _show_failures(outcome)
+            _show_verdicts(console, study, outcome, results)
+    page = _build_report(results, None)
+    console.print(f"report: {page}\n        {page.resolve().as_uri()}", soft_wrap=True, markup=False)
+    if failed:
+        _complain(f"{failed} cell(s) failed, see above; the same command measures them again", FAILED)
+    return FAILED if failed or skipped else DONE
 
 
 @application.command()
@@ -223,6 +272,22 @@ def new(
     return DONE
 
 
+def _chosen(papers: list[str]) -> "tuple[list[Study], int]":
+    """The studies named, or all that can be imported with how many cannot."""
+    from etude.lab.catalogue import listings, load
+
+    if "all" not in papers:
+        return [load(slug) for slug in dict.fromkeys(papers)], 0
+    studies, skipped = [], 0
+    for entry in listings():
+        try:
+            studies.append(load(entry.slug))
+        except InputError as error:
+            skipped += 1
+            _complain(f"left out: {error}", FAILED)
+    return studies, skipped
+
+
 def _setting(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not (name and equals):
@@ -238,45 +303,45 @@ def _check_settings(studies: list[Any], preset: str, settings: dict[str, str]) -
         configure(study, preset, settings)
 
 
-def _conclude(console: "Console", outcomes: "list[Outcome]", results: Path) -> None:
-    from rich.table import Table
-
-    from etude.lab.catalogue import load
-    from etude.lab.engine import judge
-    from etude.lab.store import Store
-
-    with Store(results) as store:
-        runs = {run.study: run for run in reversed(store.runs())}
-    for outcome in outcomes:
-        _show_failures(outcome)
-        stored = runs[outcome.study]
-        table = Table(title=f"{outcome.study} ({stored.preset}, {len(stored.seeds)} seeds)", title_justify="left")
-        for column in ("claim", "verdict", "effect", "95% interval", "held against"):
-            table.add_column(column, overflow="fold")
-        for judgement in judge(load(outcome.study), stored):
-            finding = judgement.finding
-            effect = finding.effect
-            verdict = "not judged" if stored.preset == "smoke" else str(finding.verdict)
-            table.add_row(
-                judgement.claim.id,
-                verdict,
-                f"{effect.mean:.4g}",
-                f"{effect.low:.4g} to {effect.high:.4g}",
-                finding.bound,
-            )
-        console.print(table)
-    page = _build_report(results, None)
-    console.print(f"report: {page}\n        {page.resolve().as_uri()}", soft_wrap=True)
-
-
 def _show_failures(outcome: "Outcome") -> None:
     for failure in outcome.failed:
         print(f"{outcome.study}: {failure.arm}, seed {failure.seed} failed:\n{failure.traceback}", file=sys.stderr)
 
 
-def _build_report(results: Path, output: Path | None) -> Path:
-    from etude.lab.catalogue import listings, load
-    from etude.lab.report import build
+def _show_verdicts(console: "Console", study: "Study", outcome: "Outcome", results: Path) -> None:
+    from rich.table import Table
+    from rich.text import Text
 
-    studies = {entry.slug: load(entry.slug) for entry in listings() if not entry.error}
+    from etude.lab import wording
+    from etude.lab.engine import judge
+    from etude.lab.store import Store
+
+    with Store(results) as store:
+        stored = next(run for run in store.runs(study.slug) if run.config_digest == outcome.run)
+    table = Table(title=f"{study.slug} ({stored.preset}, {len(stored.seeds)} seeds)", title_justify="left")
+    for column in ("claim", "verdict", "effect [95% interval]", "held against"):
+        table.add_column(column, overflow="fold")
+    for judgement in judge(study, stored):
+        finding = judgement.finding
+        verdict = "not judged" if stored.preset == "smoke" else str(finding.verdict)
+        effect = judgement.trouble or wording.effect(finding, len(stored.failures))
+        table.add_row(*(Text(cell) for cell in (judgement.claim.id, verdict, effect, finding.bound)))
+    console.print(table)
+
+
+def _build_report(results: Path, output: Path | None) -> Path:
+    from etude.lab.catalogue import UnknownStudyError, load
+    from etude.lab.report import build
+    from etude.lab.store import Store
+
+    with Store(results) as store:
+        slugs = store.studies()
+    studies = {}
+    for slug in slugs:
+        try:
+            studies[slug] = load(slug)
+        except UnknownStudyError:
+            continue
+        except InputError as error:
+            _complain(f"shown as stored, without verdicts: {error}", FAILED)
     return build(results, studies, output)

@@ -113,3 +113,40 @@ def test_input_errors():
         Replicas([nn.LSTM(2, 2)])
     with pytest.raises(InputError, match="3 replicas"):
         Replicas(networks())(torch.randn(2, 5, 4), batches=True)
+
+
+def test_stacks_and_back_keep_tied_weights_and_every_buffer():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.into, self.out = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+            self.out.weight = self.into.weight
+            self.register_buffer("shift", torch.randn(4), persistent=False)
+
+        def forward(self, x):
+            return self.out(self.into(x)) + self.shift
+
+    models = [Tied() for _ in range(3)]
+    stacked = Replicas(models)
+    assert list(stacked.named_state()) == ["into.weight", "shift"]
+    x = torch.randn(5, 4)
+    torch.testing.assert_close(stacked(x), torch.stack([model(x) for model in models]))
+    for model, member in zip(models, stacked.unstack(), strict=True):
+        assert member.into.weight is member.out.weight
+        assert torch.equal(member(x), model(x))
+    again = Replicas.from_stacks(stacked.structure, {n: 2 * v for n, v in stacked.named_state().items()})
+    torch.testing.assert_close(again(x)[1], models[1](x) * 4 - 2 * models[1].shift)
+    assert all(value.device.type == "meta" for value in stacked.structure.parameters())
+
+
+@pytest.mark.parametrize("shape", [(4,), (5, 4), (2, 3, 5, 4)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_layers_take_any_leading_axes(shape, bias):
+    models = [nn.Linear(4, 2, bias=bias) for _ in range(3)]
+    stacked, x = Replicas(models), torch.randn(shape)
+    torch.testing.assert_close(stacked(x), torch.stack([model(x) for model in models]))
+    stacked(x).square().sum().backward()
+    models[1](x).square().sum().backward()
+    gradient = stacked.named_stacks()["weight"].grad
+    torch.testing.assert_close(gradient[1], models[1].weight.grad)
+    assert gradient.is_contiguous()

@@ -153,3 +153,22 @@ def test_input_errors_come_before_training(change, message):
     with pytest.raises(InputError, match=message):
         fit(model, inputs, **(settings | change))
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_every_check_is_told_as_it_is_made():
+    told = []
+    inputs, targets = torch.randn(12, 3), torch.randint(2, (12,))
+    history = fit(
+        nn.Linear(3, 2),
+        inputs,
+        targets,
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
+        steps=5,
+        batch_size=4,
+        generator=torch.Generator().manual_seed(0),
+        checks={"validation": (inputs, targets)},
+        check_every=2,
+        on_check=lambda step, found: told.append((step, found["validation"][0].item())),
+    )
+    assert told == list(zip(history.steps.tolist(), history.loss["validation"].tolist(), strict=True))
+    assert [step for step, _ in told] == [0, 2, 4, 5]

@@ -1,18 +1,28 @@
 """The report: complete, escaped, self-contained, and the same bytes for the same results."""
 
+import dataclasses
 import json
 import re
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
+from pathlib import Path
 
 import plain_study
 import pytest
+from markdown_it import MarkdownIt
+from matplotlib.figure import Figure
 
-from etude.lab import run
+from etude.core.checks import InputError
+from etude.lab import Claim, Paper, all_of, at_least, better, holds_in, run
 from etude.lab.report import build
+from etude.lab.report.drawing import interval_svg
+from etude.lab.report.measurements import tabulate
+from etude.lab.results import Results
+from etude.lab.rules import within
 from etude.lab.store import Store
 
 STUDIES = {"plain": plain_study.study}
+SVG = "{http://www.w3.org/2000/svg}"
 
 
 @pytest.fixture
@@ -21,17 +31,37 @@ def folder(tmp_path):
     return tmp_path
 
 
-class Links(HTMLParser):
-    """Collects what a page loads and links to."""
+class Reader(HTMLParser):
+    """Collects a page's tags, attributes, links and text."""
 
     def __init__(self, text):
         super().__init__()
-        self.found, self.tags = [], []
+        self.tags, self.attributes, self.links, self.texts = set(), set(), [], []
+        self._inside = []
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.found += [value for name, value in attributes if name in ("href", "src")]
+        self.tags.add(tag)
+        self._inside.append(tag)
+        self.attributes |= {name for name, _ in attributes}
+        self.links += [value for name, value in attributes if name in ("href", "src", "xlink:href")]
+
+    def handle_endtag(self, tag):
+        if tag in self._inside:
+            while self._inside.pop() != tag:
+                pass
+
+    def handle_data(self, text):
+        if "style" not in self._inside:
+            self.texts.append(text)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.texts).split())
+
+
+def page(folder, name="plain.html"):
+    return (folder / "report" / name).read_text()
 
 
 def files(folder):
@@ -40,41 +70,140 @@ def files(folder):
 
 def test_every_claim_and_verdict_is_shown(folder):
     front = build(folder, STUDIES).read_text()
-    page = (folder / "report" / "plain.html").read_text()
-    for text in (front, page):
+    for text in (front, page(folder)):
         assert "reproduced" in text
         assert "not reproduced" in text
         assert text.count('class="interval"') == 2
-    assert "from x import y" in page
-    assert "The 2 parts of the rule" in page
-    assert "points" in page
-    assert "torch" in page
+    text = Reader(page(folder)).text
+    for shown in ("from x import y", "value at point=0: method above 100", "points 3", "torch", "Here all of:"):
+        assert shown in text
+    assert "1 reproduced ✗ 1 not reproduced" in Reader(front).text
 
 
-def test_whatever_is_printed_is_escaped(folder, monkeypatch):
-    monkeypatch.setenv("PLAIN_STUDY_FAILS", "baseline")
-    run(plain_study.study, results=folder, workers=1, fresh=True)
-    build(folder, STUDIES)
-    for name in ("index.html", "plain.html"):
-        text = (folder / "report" / name).read_text()
-        for hostile in ("<em>study", "<better>", "<here>", "<unsafe>", "<i>&", "<script>", "<b>the arm failed"):
-            assert hostile not in text
-    assert "&lt;b&gt;the arm failed" in (folder / "report" / "plain.html").read_text()
+# ---------------------------------------------------------------------------------------------- escaping
+
+HOSTILE = """"'><script>alert(1)</script><img src=x onerror=alert(1)> | [a](javascript:b) `c` {d}`e` *f* $g$ &lt; \\h"""
+
+
+def hostile_study():
+    def measure(config, arm, seed, context):
+        if arm == "failing":
+            raise RuntimeError(HOSTILE)
+        return [{"value": float(seed), HOSTILE: 1.0, "text": HOSTILE}]
+
+    def figure(results):
+        drawing = Figure()
+        axes = drawing.subplots()
+        (line,) = axes.plot([1, 2], label=HOSTILE)
+        line.set_url("javascript:alert(1)")
+        line.set_gid('x" onload="alert(1)')
+        axes.set_title("<script>alert(1)</script>")
+        axes.set_xlabel(HOSTILE.replace("$", ""))
+        axes.set_ylabel('id="broken" url(#gone)')
+        return drawing
+
+    arm = f"arm {HOSTILE}"
+    return dataclasses.replace(
+        plain_study.study,
+        paper=Paper(title=HOSTILE, authors=HOSTILE, year=2020, venue=HOSTILE, arxiv=HOSTILE),
+        presets=dict.fromkeys(("smoke", "small", "paper"), plain_study.Config(name=HOSTILE)),
+        arms=(arm, "failing"),
+        measure=measure,
+        claims=(
+            Claim(
+                HOSTILE,
+                HOSTILE,
+                all_of(at_least(arm, metric="value", value=0.5), at_least(arm, metric=HOSTILE, value=0.0)),
+                paper=HOSTILE,
+                note=HOSTILE,
+            ),
+            Claim("C2", HOSTILE, at_least(arm, metric="valu", value=1.0)),
+        ),
+        figure=figure,
+        usage=HOSTILE,
+        headline=HOSTILE,
+    )
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hostile")
+    study = hostile_study()
+    run(study, results=folder, workers=1)
+    run(study, results=folder, workers=1, seeds=1, settings={"points": 5})
+    build(folder, {"plain": study})
+    return folder
+
+
+def test_html_shows_hostile_text_as_text(hostile):
+    plain = " ".join(HOSTILE.split())
+    for name, times in (("index.html", 4), ("plain.html", 12)):
+        found = Reader(page(hostile, name))
+        assert found.text.count(plain) >= times
+        assert not found.tags & {"script", "img", "em", "iframe", "foreignobject"}
+        assert not {name for name in found.attributes if name.startswith("on")}
+        assert all(re.match(r"#|data:|[\w./-]+(#[\w-]+)?$", link) for link in found.links), found.links
+
+
+def test_svg_holds_no_links_scripts_or_handlers_and_texts_as_they_were(hostile):
+    root = ElementTree.parse(hostile / "report" / "figures" / "plain.svg").getroot()
+    tags = {element.tag.removeprefix(SVG) for element in root.iter()}
+    assert not tags & {"a", "script", "style", "metadata", "foreignObject"}
+    names = {attribute.lower() for element in root.iter() for attribute in element.attrib}
+    assert not {name for name in names if name.startswith("on")}
+    texts = {element.text for element in root.iter(f"{SVG}text")}
+    assert {"<script>alert(1)</script>", 'id="broken" url(#gone)'} <= texts
+    ids = [element.get("id") for element in root.iter() if element.get("id")]
+    assert all(name.startswith("plain-") for name in ids)
+    references = {value[1:] for element in root.iter() for value in element.attrib.values() if value.startswith("#")}
+    assert references - {value for value in references if re.fullmatch(r"[0-9a-f]{3,6}", value)} <= set(ids)
+
+
+def test_markdown_shows_hostile_text_as_text(hostile):
+    parser = MarkdownIt("commonmark", {"html": True}).enable("table")
+    tokens = parser.parse(page(hostile, "index.md"))
+    flat = [inner for token in tokens for inner in (token, *(token.children or ()))]
+    assert {token.content for token in flat if "html" in token.type or "code" in token.type} == {"etude report"}
+    assert [token.attrs["href"] for token in flat if token.type == "link_open"] == []
+    assert [token.attrs["src"] for token in flat if token.type == "image"] == ["figures/plain.svg"]
+    assert not [token for token in flat if token.type in ("em_open", "strong_open")]
+    cells = ["".join(inner.content for inner in token.children) for token in tokens if token.type == "inline"]
+    assert cells.count(" ".join(HOSTILE.split())) >= 4  # the title, a claim's id, and both statements
+
+
+def test_json_and_csv_hold_hostile_text(hostile):
+    (entry,) = json.loads(page(hostile, "verdicts.json"))
+    assert entry["claims"][0]["statement"] == HOSTILE
+    assert HOSTILE.replace('"', '""') in (hostile / "report" / "records" / "plain.csv").read_text()
+
+
+def test_a_study_whose_name_leads_elsewhere_is_refused(folder):
+    with Store(folder, write=True) as store:
+        store._connection.execute("UPDATE run SET study = '../../plain'")
+    with pytest.raises(InputError, match="choose a folder that etude wrote"):
+        build(folder, STUDIES, folder / "deep" / "report")
+    assert not (folder / "deep").exists()
+
+
+# --------------------------------------------------------------------------------------- form of the pages
 
 
 def test_nothing_is_loaded_and_links_resolve(folder):
     build(folder, STUDIES)
-    for page in (folder / "report").glob("*.html"):
-        links = Links(page.read_text())
-        assert not {"script", "iframe", "object"} & set(links.tags)
-        for target in links.found:
-            if not target.startswith(("#", "data:,")):
-                assert (page.parent / target).exists(), target
+    for path in (folder / "report").glob("*.html"):
+        found = Reader(path.read_text())
+        assert not {"script", "iframe", "object"} & found.tags
+        for link in found.links:
+            target, _, anchor = link.partition("#")
+            if not link.startswith("data:,"):
+                linked = path.parent / target if target else path
+                assert linked.exists(), link
+                assert not anchor or f'id="{anchor}"' in linked.read_text(), link
 
 
 def test_ids_are_unique_on_a_page(folder):
     build(folder, STUDIES)
-    ids = re.findall(r'\bid="([^"]+)"', (folder / "report" / "plain.html").read_text())
+    ids = re.findall(r'\bid="([^"]+)"', page(folder))
     assert len(ids) == len(set(ids))
 
 
@@ -82,7 +211,19 @@ def test_the_figure_is_well_formed_and_named(folder):
     build(folder, STUDIES)
     drawing = ElementTree.parse(folder / "report" / "figures" / "plain.svg").getroot()
     assert drawing.get("role") == "img"
-    assert "study" in drawing.get("aria-label")
+    assert "redrawn from these measurements" in drawing.get("aria-label")
+
+
+def test_the_figures_description_says_what_is_drawn_against_what(tmp_path):
+    def figure(results):
+        drawing = Figure()
+        drawing.subplots().set(xlabel="weights remaining", ylabel="accuracy", title="MNIST")
+        return drawing
+
+    run(plain_study.study, results=tmp_path, workers=1, seeds=1)
+    build(tmp_path, {"plain": dataclasses.replace(plain_study.study, figure=figure)})
+    drawing = ElementTree.parse(tmp_path / "report" / "figures" / "plain.svg").getroot()
+    assert drawing.get("aria-label").endswith("MNIST: accuracy against weights remaining")
 
 
 def test_the_same_results_give_the_same_bytes(folder):
@@ -94,13 +235,33 @@ def test_the_same_results_give_the_same_bytes(folder):
 
 def test_the_committed_forms_say_the_same(folder):
     build(folder, STUDIES)
-    (entry,) = json.loads((folder / "report" / "verdicts.json").read_text())
+    (entry,) = json.loads(page(folder, "verdicts.json"))
     assert [claim["verdict"] for claim in entry["claims"]] == ["reproduced", "not reproduced"]
     assert entry["seeds"] == [0, 1, 2, 3]
-    text = (folder / "report" / "index.md").read_text()
+    assert entry["claims"][0]["effect"] == pytest.approx(10.0)
+    text = page(folder, "index.md")
     assert "| C1 | reproduced |" in text
-    assert "C2: It is not large" in text
+    assert "1 reproduced, 1 not reproduced." in text
+    assert r"C2: It is not large \<here\>" in text
     assert (folder / "report" / "records" / "plain.csv").read_text().startswith("study,preset,run,arm,seed")
+
+
+def test_sphinx_accepts_the_markdown_without_a_warning(folder, hostile, tmp_path):
+    sphinx = pytest.importorskip("sphinx.cmd.build")
+    pytest.importorskip("myst_parser")
+    source = tmp_path / "docs"
+    source.mkdir()
+    (source / "conf.py").write_text((Path(__file__).parents[2] / "docs" / "conf.py").read_text())
+    (source / "index.md").write_text("# Docs\n\n```{toctree}\nplain/index\nhostile/index\n```\n")
+    build(folder, STUDIES, source / "plain")
+    build(hostile, {"plain": hostile_study()}, source / "hostile")
+    assert sphinx.build_main(["-q", "-W", "--keep-going", "-b", "html", str(source), str(tmp_path / "html")]) == 0
+    shown = Reader((tmp_path / "html" / "hostile" / "index.html").read_text())
+    assert " ".join(HOSTILE.split())[3:] in shown.text  # its quotation marks have become typographic
+    assert any(link.startswith("../_images/plain") for link in shown.links)
+
+
+# ------------------------------------------------------------------------- what is not there or not as hoped
 
 
 def test_smoke_is_shown_without_verdicts(tmp_path):
@@ -108,18 +269,161 @@ def test_smoke_is_shown_without_verdicts(tmp_path):
     text = build(tmp_path, STUDIES).read_text()
     assert "not judged" in text
     assert "proves that it runs" in text
+    assert "reproduced" not in text
 
 
 def test_small_is_preferred_to_a_newer_smoke(folder):
     run(plain_study.study, preset="smoke", results=folder, workers=1)
     assert "Preset small" in build(folder, STUDIES).read_text()
+    assert "Preset smoke, 2 seeds" in Reader(page(folder)).text
+
+
+def test_a_whole_run_is_preferred_to_a_higher_preset_with_too_few_seeds(folder):
+    run(plain_study.study, preset="paper", results=folder, workers=1, seeds=1)
+    assert "Preset small" in build(folder, STUDIES).read_text()
+    run(plain_study.study, preset="paper", results=folder, workers=1, seeds=3)
+    assert "Preset paper" in build(folder, STUDIES).read_text()
+
+
+def test_the_run_last_asked_for_is_shown_and_the_others_are_named(folder):
+    run(plain_study.study, results=folder, workers=1, settings={"points": 2})
+    build(folder, STUDIES)
+    assert "4 seeds" in Reader(page(folder)).text
+    assert re.search(r"Other runs .* points 3", Reader(page(folder)).text)
+    run(plain_study.study, results=folder, workers=1)  # all its cells are there
+    build(folder, STUDIES)
+    assert re.search(r"Other runs .* points 2", Reader(page(folder)).text)
+
+
+def test_a_claim_about_what_was_not_measured_says_so(folder):
+    claims = (
+        Claim(
+            "C1", "At a level of another preset.", better("method", than="baseline", metric="value", where={"point": 9})
+        ),
+        Claim(
+            "C2",
+            "Partly measured.",
+            all_of(
+                better("method", than="baseline", metric="value", where={"point": 9}),
+                at_least("method", metric="value", value=-100, where={"point": 0}),
+            ),
+        ),
+        Claim(
+            "C3",
+            "One of two is enough.",
+            holds_in(
+                1,
+                [
+                    better("method", than="baseline", metric="value", where={"point": 9}),
+                    at_least("method", metric="value", value=-100, where={"point": 0}),
+                ],
+            ),
+        ),
+    )
+    study = dataclasses.replace(plain_study.study, claims=claims)
+    front = build(folder, {"plain": study}).read_text()
+    for text in (front, page(folder), page(folder, "index.md")):
+        assert "nan" not in text.lower()
+        assert "not measured in this preset" in text
+    assert [claim["verdict"] for claim in json.loads(page(folder, "verdicts.json"))[0]["claims"]] == [
+        "not measured",
+        "not measured",
+        "reproduced",
+    ]
+    assert "4 seeds" in Reader(front).text
+    assert "Here all of:" in Reader(page(folder)).text
+    assert "Here at least 1 of:" in Reader(page(folder)).text
+
+
+def test_records_that_a_rule_or_a_figure_cannot_read_do_not_end_the_report(folder):
+    def figure(results):
+        raise KeyError("renamed")
+
+    build(folder, STUDIES)
+    claims = (
+        Claim("C1", "Of another version.", at_least("method", metric="valeu", value=0.0)),
+        *plain_study.study.claims[1:],
+    )
+    build(folder, {"plain": dataclasses.replace(plain_study.study, claims=claims, figure=figure)})
+    text = Reader(page(folder)).text
+    assert "Cannot be judged on these records: name 'valeu'" in text
+    assert "It cannot be drawn from these records. KeyError: 'renamed'" in text
+    assert "figures/plain.svg" not in page(folder, "index.md")
+    assert not (folder / "report" / "figures" / "plain.svg").exists()
+
+
+def test_failed_cells_are_shown_and_the_others_judged(folder, monkeypatch):
+    monkeypatch.setenv("PLAIN_STUDY_FAILS", "baseline")
+    run(plain_study.study, results=folder, workers=1, fresh=True)
+    front = build(folder, STUDIES).read_text()
+    assert "4 failed cells" in front
+    text = Reader(page(folder)).text
+    assert "4 cells failed" in text
+    assert "RuntimeError: <b>the arm failed</b>" in text
+    assert "not measured: cells failed" in text
+
+
+def test_a_run_whose_every_cell_failed_is_shown(tmp_path):
+    def measure(*_):
+        raise RuntimeError("all of them")
+
+    run(dataclasses.replace(plain_study.study, measure=measure), results=tmp_path, workers=1, seeds=1)
+    assert "No cell has finished yet" in build(tmp_path, STUDIES).read_text()
+    assert "No cell has finished yet" in page(tmp_path, "index.md")
 
 
 def test_a_study_no_longer_installed_is_shown_as_stored(folder):
     build(folder, {})
-    assert "not installed here" in (folder / "report" / "plain.html").read_text()
+    assert "not installed here" in page(folder)
+    assert "not installed here" in page(folder, "index.md")
 
 
 def test_an_empty_folder_says_what_to_run(tmp_path):
     Store(tmp_path, write=True).close()
     assert "etude run all" in build(tmp_path, STUDIES).read_text()
+
+
+# ------------------------------------------------------------------------------- drawings and measurements
+
+
+def test_both_sides_of_a_margin_are_drawn():
+    found = Results({"arm": arm, "seed": seed, "m": float(seed)} for arm in "ab" for seed in range(3))
+    drawing = interval_svg(within("a", than="b", metric="m", margin=0.5)(found))
+    assert drawing.count('class="bound"') == 2
+    assert interval_svg(within("a", than="c", metric="m", margin=0.5)(found)) == ""
+
+
+def records(*rows):
+    return Results({"arm": arm, "seed": seed, **values} for arm, seed, values in rows)
+
+
+def test_what_is_the_same_in_every_seed_is_a_coordinate():
+    found = tabulate(
+        records(
+            *[
+                ("a", seed, {"level": level, "share": 0.1 * level, "m": seed + level, "name": "x", "all": 7})
+                for seed in (0, 1)
+                for level in (1, 2)
+            ]
+        )
+    )
+    assert found.coordinates == ("level", "share", "name")
+    assert found.metrics == ("m", "all")
+    assert [(arm, place[0]) for arm, place, _ in found.rows] == [("a", "1"), ("a", "2")]
+    assert found.rows[0][2][0].startswith("1.5 [")
+
+
+def test_a_metric_with_few_values_is_no_coordinate():
+    found = tabulate(records(*[("a", seed, {"works": float(seed % 2)}) for seed in range(4)]))
+    assert (found.coordinates, found.metrics) == ((), ("works",))
+    assert len(found.rows) == 1
+
+
+def test_one_seed_is_shown_record_by_record():
+    found = tabulate(records(("a", 0, {"level": 1, "m": 0.5}), ("a", 0, {"level": 2, "m": 0.25, "n": None})))
+    assert [cells for _, _, cells in found.rows] == [("1", "0.5"), ("2", "0.25")]
+
+
+def test_text_that_differs_from_seed_to_seed_is_left_out():
+    found = tabulate(records(*[("a", seed, {"said": str(seed), "m": 1.0, "none": None}) for seed in (0, 1)]))
+    assert (found.coordinates, found.metrics) == ((), ("m",))

@@ -232,6 +232,11 @@ def test_ratios_of_what_is_not_positive_give_no_verdict(a, b):
     assert math.isnan(finding.effect.mean)
 
 
+def test_the_ratio_of_one_seed_has_no_interval():
+    finding = ratio_at_least("a", than="b", metric="m")(results(a=[3.0], b=[2.0]))
+    assert (round(finding.effect.mean, 9), finding.effect.low, finding.effect.high) == (1.5, 0.0, math.inf)
+
+
 def test_ratios_beyond_the_range_of_numbers_stay_finite():
     finding = ratio_at_least("a", than="b", metric="m")(results(a=[1e300] * 3, b=[1e-300] * 3))
     assert finding.verdict is YES
@@ -332,6 +337,14 @@ def test_more_often_agrees_with_fishers_exact_test_from_the_hypergeometric_law(n
     assert -1 - 1e-12 <= finding.effect.low <= finding.effect.mean <= finding.effect.high <= 1 + 1e-12
 
 
+def test_more_often_counts_every_restart_of_a_seed():
+    found = Results(
+        {"arm": arm, "seed": seed, "m": float(good)} for arm, good in (("a", 1), ("b", 0)) for seed in (0, 0, 1, 2)
+    )
+    finding = more_often("a", than="b", metric="m", threshold=0.5)(found)
+    assert (finding.verdict, finding.seeds) == (YES, 3)  # p = 0.029 for four against none
+
+
 def test_more_often_gives_newcombes_published_interval():
     """Newcombe (1998), difference of 56/70 and 48/80, method 10: 0.0524 to 0.3339."""
     found = results(a=[1.0] * 56 + [0.0] * 14, b=[1.0] * 48 + [0.0] * 32)
@@ -375,6 +388,48 @@ def test_combined_rules_nest_and_take_the_fewest_seeds():
     assert (finding.verdict, finding.seeds) == (YES, 4)
     assert len(finding.parts[1].parts) == 2
     assert rule.wording == "is reproduced; at least 1 of: is not reproduced; is reproduced"
+
+
+def test_what_was_not_measured_is_the_least_certain_of_the_undecided():
+    unmeasured = at_least("absent", metric="m", value=0.0)
+    measured = at_least("a", metric="m", value=1.0)
+    found = pair(1.0, 1.0)
+    assert measured(found).verdict is UNDECIDED
+    for rules in ((unmeasured, measured), (measured, unmeasured)):
+        finding = all_of(*rules)(found)
+        assert (finding.verdict, finding.seeds) == (UNDECIDED, 0)
+        assert math.isnan(finding.effect.mean)
+    failing = at_least("a", metric="m", value=9.0)
+    assert (all_of(unmeasured, failing)(found).verdict, all_of(unmeasured, failing)(found).seeds) == (NO, 5)
+    holding = at_least("a", metric="m", value=0.0)
+    assert (holds_in(1, [unmeasured, holding])(found).verdict, holds_in(1, [unmeasured, holding])(found).seeds) == (
+        YES,
+        5,
+    )
+
+
+@pytest.mark.parametrize(
+    ("rule", "arms", "limits"),
+    [
+        (better("a", than="b", metric="m", by=0.1), ("a", "b"), (0.1,)),
+        (no_worse("a", than="b", metric="m", margin=0.1), ("a", "b"), (-0.1,)),
+        (within("a", than="b", metric="m", margin=0.1), ("a", "b"), (-0.1, 0.1)),
+        (ratio_at_least("a", than="b", metric="m", factor=2), ("a", "b"), (2,)),
+        (at_least("a", metric="m", value=2), ("a",), (2,)),
+        (at_most("a", metric="m", value=2), ("a",), (2,)),
+        (more_often("a", than="b", metric="m", threshold=1), ("a", "b"), (0.0,)),
+        (all_of(at_least("a", metric="m", value=9), at_least("b", metric="m", value=0)), ("a", "b"), (9,)),
+    ],
+)
+def test_a_rule_knows_its_arms_and_a_finding_its_limits(rule, arms, limits):
+    assert rule.arms == arms
+    assert rule(pair(1.0, 1.0)).limits == limits
+    assert len(rule.parts) == len(rule(pair(1.0, 1.0)).parts)
+
+
+def test_a_trend_is_held_against_zero():
+    rule = increases_with("x", arm="a", metric="m")
+    assert (rule.arms, rule(curves(RISING, RISING, RISING)).limits) == (("a",), (0.0,))
 
 
 # ------------------------------------------------------------------------------------- wording and input

@@ -73,6 +73,11 @@ def test_a_study_knows_where_it_was_written_and_keeps_it_when_copied():
         ),
         ({"claims": (claim("C1"), claim("C2"), claim("C1"))}, "repeated claim 'C1'; give each claim its own"),
         ({"arms": ("method", "method")}, "repeated arm 'method'; give each arm its own name"),
+        ({"arms": ()}, "study 'a-study': no arms"),
+        ({"arms": ("methods", "baseline")}, "claim C1: its rule names the arm 'method'; did you mean 'methods'"),
+        ({"slug": "../up"}, "slug: got '../up'"),
+        ({"slug": "A study"}, "slug: got 'A study'; write small letters, digits and single hyphens"),
+        ({"seeds": 0}, "study 'a-study': seeds: got 0"),
     ],
 )
 def test_descriptions_that_cannot_run_are_refused(changes, message):

@@ -1,7 +1,8 @@
 """Parameters by name: flatten, restore, and mask them."""
 
 import copy
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
 
 import torch
 from jaxtyping import Bool, Float
@@ -9,8 +10,19 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from etude.core.checks import InputError, UnsupportedModuleError, nearest
+from etude.core.replicas import Replicas
 
-__all__ = ["bake_masks", "bare_name", "bare_state", "flatten", "mask_parameters", "owners", "unflatten"]
+__all__ = [
+    "architecture",
+    "bake_masks",
+    "bare_name",
+    "bare_state",
+    "flatten",
+    "holding",
+    "mask_parameters",
+    "places",
+    "unflatten",
+]
 
 
 def flatten(parameters: Mapping[str, Tensor]) -> Float[Tensor, "total"]:
@@ -35,80 +47,126 @@ def unflatten(vector: Float[Tensor, "total"], like: Mapping[str, Tensor]) -> dic
     return {name: part.view(value.shape) for (name, value), part in zip(like.items(), parts, strict=True)}
 
 
-def owners(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
-    """For each parameter, by its first name, the modules that hold it and under which attribute.
+def architecture(model: nn.Module) -> nn.Module:
+    """The single network: ``model`` itself or, of `Replicas`, the one they all have the structure of."""
+    return model.structure if isinstance(model, Replicas) else model
 
-    A tied parameter has several owners.
+
+def places(model: nn.Module) -> dict[str, list[str]]:
+    """For each parameter, by its first name, every name it is used under.
+
+    A tied parameter has several.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    >>> model[1].weight = model[0].weight
+    >>> places(model)
+    {'0.weight': ['0.weight', '1.weight']}
     """
     first: dict[int, str] = {}
-    found: dict[str, list[tuple[nn.Module, str]]] = {}
-    for path, module in model.named_modules():
-        for attribute, value in module._parameters.items():
-            if value is not None:
-                name = first.setdefault(id(value), f"{path}.{attribute}" if path else attribute)
-                found.setdefault(name, []).append((module, attribute))
+    found: dict[str, list[str]] = {}
+    for name, value in model.named_parameters(remove_duplicate=False):
+        found.setdefault(first.setdefault(id(value), name), []).append(name)
     return found
 
 
 def bare_name(name: str) -> str:
-    """A parameter's name as it is without parametrizations.
+    """A masked parameter's name as it is without the mask.
 
     >>> bare_name("encoder.parametrizations.weight.original")
     'encoder.weight'
     """
-    return name.replace("parametrizations.", "").removesuffix(".original")
+    return re.sub(r"(^|\.)parametrizations\.([^.]+)\.original$", r"\1\2", name)
 
 
 def bare_state(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of all parameters and buffers under their bare names, masked ones with their masks applied."""
-    masks = dict(_masks(model))
+    """Copies of all parameters and buffers under their bare names, masked ones with their masks applied.
+
+    Those of `Replicas` are stacked, under the single network's names.
+    """
+    values = model.named_state() if isinstance(model, Replicas) else model.state_dict()
+    lists = _masked(architecture(model))
+    hidden = {f"{each}.0.mask" for each in lists}
     state = {}
-    for name, value in model.state_dict().items():
-        if not name.endswith(".0.mask"):
-            mask = masks.get(name)
-            state[bare_name(name)] = (value if mask is None else value.masked_fill(~mask, 0)).detach().clone()
+    for name, value in values.items():
+        if name.removesuffix(".original") in lists:
+            state[bare_name(name)] = value.detach() * values[name.removesuffix(".original") + ".0.mask"]
+        elif name not in hidden:
+            state[name] = value.detach().clone()
     return state
+
+
+def holding(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of ``model``, one network or `Replicas`, with the values of ``state``, e.g. from `bare_state`."""
+    if isinstance(model, Replicas):
+        return Replicas.from_stacks(model.structure, {**model.named_state(), **state})
+    network = copy.deepcopy(model)
+    network.load_state_dict(state)
+    return network
 
 
 def mask_parameters(model: nn.Module, masks: Mapping[str, Bool[Tensor, "..."]]) -> nn.Module:
     """A copy of ``model`` in which masked-out weights are zero in every forward and get no gradient.
 
-    The masks are parametrizations (`torch.nn.utils.parametrize`) and lie in the ``state_dict``; a tied
-    parameter has one mask wherever it is used.
+    The masks are parametrizations (`torch.nn.utils.parametrize`) and lie in the ``state_dict``, in the weights'
+    dtype; a tied parameter has one mask wherever it is used.
 
     Args:
-        model: any module; it is left as it is.
-        masks: for parameters' names, what to keep.
+        model: any module, or `Replicas`; it is left as it is.
+        masks: for parameters' names, what to keep; for `Replicas` of all of them, ``(R, ...)``.
 
     Raises:
-        InputError: for a name that is no parameter, or a mask of another shape.
+        InputError: for a name that is no parameter, a mask of another shape, or a model that is masked already.
 
     >>> masked = mask_parameters(nn.Linear(2, 1), {"weight": torch.tensor([[True, False]])})
-    >>> masked.weight[0, 1].item()
-    0.0
+    >>> (masked.weight == 0).tolist()
+    [[False, True]]
     """
-    network = copy.deepcopy(model)
-    places = owners(network)
+    used = places(architecture(model))
+    values = model.named_state() if isinstance(model, Replicas) else dict(model.named_parameters())
+    if _masked(architecture(model)):
+        raise InputError("it is masked already", where="model", instead="give bake_masks(model)")
     for name, mask in masks.items():
-        if name not in places:
-            raise InputError("no such parameter", where=f"mask {name!r}", instead=nearest(name, places))
-        for module, attribute in places[name]:
-            value = getattr(module, attribute)
-            if value.shape != mask.shape:
-                raise InputError(
-                    f"{tuple(mask.shape)} for a parameter of {tuple(value.shape)}",
-                    where=f"mask {name!r}",
-                    instead="give one entry for each weight",
-                )
-            parametrize.register_parametrization(module, attribute, _Mask(mask.to(value.device)))
+        if name not in used:
+            raise InputError("no such parameter", where=f"mask {name!r}", instead=nearest(name, used))
+        if values[name].shape != mask.shape:
+            raise InputError(
+                f"{tuple(mask.shape)} for a parameter of {tuple(values[name].shape)}",
+                where=f"mask {name!r}",
+                instead="give one entry for each weight",
+            )
+    return _mask_replicas(model, masks) if isinstance(model, Replicas) else _mask_network(model, masks)
+
+
+def _mask_network(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
+    network = copy.deepcopy(model)
+    used = places(network)
+    for name, mask in masks.items():
+        for place in used[name]:
+            path, _, attribute = place.rpartition(".")
+            module = network.get_submodule(path)
+            if parametrize.is_parametrized(module, attribute):
+                continue  # one module under two names
+            parametrize.register_parametrization(module, attribute, _Mask(mask.to(getattr(module, attribute))))
     return network
+
+
+def _mask_replicas(model: Replicas, masks: Mapping[str, Tensor]) -> Replicas:
+    structure = _mask_network(model.structure, {name: mask[0] for name, mask in masks.items()})
+    stacks, used = model.named_state(), places(model.structure)
+    for name, mask in masks.items():
+        values = stacks.pop(name)
+        stacks[_list_name(name) + ".original"] = values * mask.to(values)
+        stacks |= {_list_name(place) + ".0.mask": mask.to(values) for place in used[name]}
+    return Replicas.from_stacks(structure, stacks)
 
 
 def bake_masks(model: nn.Module) -> nn.Module:
     """A copy of a masked model as an ordinary one: plain parameters in which masked-out weights are zero.
 
-    Tied parameters stay tied.
+    Tied parameters stay tied, `Replicas` stacked.
     """
+    if isinstance(model, Replicas):
+        return Replicas.from_stacks(bake_masks(model.structure), bare_state(model))
     network = copy.deepcopy(model)
     baked: dict[int, nn.Parameter] = {}
     for path, module in list(network.named_modules()):
@@ -138,27 +196,31 @@ def _bake(module: nn.Module, path: str, baked: dict[int, nn.Parameter]) -> None:
 
 
 class _Mask(nn.Module):
-    """The parametrization that shows zero wherever the mask is False."""
+    """The parametrization that shows zero wherever the mask is 0."""
 
     mask: Tensor
 
-    def __init__(self, mask: Bool[Tensor, "..."]):
+    def __init__(self, mask: Float[Tensor, "..."]):
         super().__init__()
+        # In the weight's dtype, which `to` and `half` keep equal: selecting by a boolean costs thirty times as much.
         self.register_buffer("mask", mask.clone())
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The masked weight, in the weight's dtype."""
-        # Selected rather than multiplied: what lies under a mask may have become infinite.
-        return torch.where(self.mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
+        """The masked weight."""
+        return weight * self.mask
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """Any weight may be assigned; its masked-out entries do not show."""
-        return weight
+        """What is held for an assigned weight: nothing under the mask, where a norm of all parameters would see it."""
+        return weight * self.mask
 
 
-def _masks(model: nn.Module) -> Sequence[tuple[str, Tensor]]:
-    return [
-        (name.removesuffix(".0.mask") + ".original", value)
-        for name, value in model.state_dict().items()
-        if name.endswith(".0.mask")
-    ]
+def _masked(model: nn.Module) -> list[str]:
+    """Dotted names of the parametrization lists that hold a mask."""
+    named = model.named_modules(remove_duplicate=False)
+    return [path.removesuffix(".0") for path, module in named if isinstance(module, _Mask)]
+
+
+def _list_name(place: str) -> str:
+    """The dotted name of the parametrization list for the parameter at ``place``."""
+    path, dot, attribute = place.rpartition(".")
+    return f"{path}{dot}parametrizations.{attribute}"

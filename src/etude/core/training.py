@@ -62,6 +62,7 @@ def fit(
     augment: Callable[[Tensor], Tensor] | None = None,
     checks: Mapping[str, tuple[Tensor, Tensor]] | None = None,
     check_every: int = 0,
+    on_check: Callable[[int, Mapping[str, tuple[Tensor, Tensor]]], Any] | None = None,
 ) -> History:
     """Train ``model`` in place for a number of steps.
 
@@ -80,6 +81,8 @@ def fit(
         augment: applied to each training batch.
         checks: sets to measure, by name, without gradients and in evaluation mode.
         check_every: steps between checks; 0 measures only before and after training.
+        on_check: called after each check with the step and, for each set, its loss and accuracy: the place to keep
+            the best weights.
 
     Returns:
         The checks' history.
@@ -95,6 +98,8 @@ def fit(
     def check(step: int) -> None:
         if checks:
             history.append((step, {name: measure(model, *rows, loss=loss) for name, rows in checks.items()}))
+            if on_check:
+                on_check(*history[-1])
 
     check(0)
     model.train()

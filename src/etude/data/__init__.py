@@ -3,5 +3,9 @@
 from etude._lazy import attach
 
 __getattr__, __dir__, __all__ = attach(
-    __name__, names={"sets": ["Dataset", "Split", "available", "identity", "load", "weights"]}
+    __name__,
+    names={
+        "sets": ["Dataset", "Split", "available", "identity", "load", "weights"],
+        "stories": ["Stories", "tell_stories"],
+    },
 )

@@ -12,6 +12,7 @@ from etude.lab.study import Study
 __all__ = ["Listing", "UnknownStudyError", "listings", "load"]
 
 GROUP = "etude.studies"
+WANTED = {"title", "method"}
 
 
 class UnknownStudyError(InputError):
@@ -41,7 +42,8 @@ class Listing:
 
 def listings() -> list[Listing]:
     """All studies by name, read from their source without running it, so that listing stays quick."""
-    return [_listing(entry) for entry in sorted(_entries(), key=lambda entry: entry.name)]
+    entries = {entry.name: entry for entry in _entries()}
+    return [_listing(entries[name]) for name in sorted(entries)]
 
 
 def load(slug: str) -> Study:
@@ -54,6 +56,12 @@ def load(slug: str) -> Study:
     found = {entry.name: entry for entry in _entries()}
     if slug not in found:
         raise UnknownStudyError(f"unknown paper {slug!r}", instead=nearest(slug, sorted(found)))
+    if len(rivals := sorted({entry.value for entry in _entries() if entry.name == slug})) > 1:
+        raise InputError(
+            f"provided more than once, by {' and '.join(rivals)}",
+            where=f"study {slug!r}",
+            instead="uninstall all packages but one of them",
+        )
     try:
         study = found[slug].load()
     except Exception as error:
@@ -72,13 +80,14 @@ def load(slug: str) -> Study:
 
 
 def _entries() -> list[EntryPoint]:
-    return list({entry.name: entry for entry in entry_points(group=GROUP)}.values())
+    # Made anew, because a library may have put finders in place that give a kind of their own.
+    return [EntryPoint(entry.name, entry.value, entry.group) for entry in entry_points(group=GROUP)]
 
 
 def _listing(entry: EntryPoint) -> Listing:
     try:
         literals = _literals(entry.module)
-        if "title" not in literals:
+        if not literals.keys() >= WANTED:
             study = load(entry.name)
             literals = {"title": study.paper.title, "year": study.paper.year, "method": study.method}
     except Exception as error:  # a broken plugin must not take the others down
@@ -100,8 +109,16 @@ def _literals(module: str) -> dict[str, object]:
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(f"no module {module}")
+    text = Path(spec.origin).read_text(encoding="utf-8")
+    # Parsing is what takes time, and the description mostly ends the module.
+    found = _written(text[max(text.find("\nstudy = Study("), 0) :])
+    return found if found.keys() >= WANTED else _written(text)
+
+
+def _written(text: str) -> dict[str, object]:
     found: dict[str, object] = {}
-    for node in ast.walk(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))):
+    top = ast.parse(text).body
+    for node in (inner for outer in top if isinstance(outer, ast.Assign | ast.AnnAssign) for inner in ast.walk(outer)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("Paper", "Study"):
             for keyword in node.keywords:
                 if keyword.arg and isinstance(keyword.value, ast.Constant):

@@ -4,11 +4,12 @@ import ast
 import dataclasses
 import hashlib
 import importlib.util
+import inspect
 import json
+import sys
 import types
 import typing
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +54,17 @@ def configure(study: Study, preset: str, settings: Mapping[str, Any] | None = No
         if name not in names:
             raise InputError(f"{study.slug} has no setting {name!r}", where="--set", instead=nearest(name, names))
         values[name] = _parse(name, value, types_by_name[name]) if isinstance(value, str) else value
-    return dataclasses.replace(config, **values)
+    try:
+        chosen = dataclasses.replace(config, **values)
+    except (TypeError, ValueError) as error:  # the configuration's own checks
+        raise InputError(str(error), where=f"{study.slug}, --set") from error
+    for name in study.data_sets(chosen):
+        available(name)  # refuses a name it does not know
+    return chosen
 
 
-def plan(study: Study, config: Any, seeds: tuple[int, ...], device: str) -> tuple[Cell, ...]:
-    """The cells of a run, ordered so that arms sharing an artifact are not begun at the same time."""
-    run = run_digest(study, config, device)
+def plan(study: Study, run: str, seeds: tuple[int, ...]) -> tuple[Cell, ...]:
+    """The cells of the run of that digest, ordered so that arms sharing an artifact are not begun together."""
     return tuple(
         Cell(hashlib.sha256(json.dumps([run, arm, seed]).encode()).hexdigest(), arm, seed)
         for arm in study.arms
@@ -72,24 +78,62 @@ def run_digest(study: Study, config: Any, device: str) -> str:
     That is: the study's and its methods' source (comments, docstrings and layout do not count), the
     configuration, the data sets' identity, etude's version and the kind of device.
     """
-    modules = [study.origin, *(name.strip() for name in study.method.split(","))]
+    methods = [_source_digest(name.strip(), study.slug) for name in study.method.split(",")]
     parts = {
         "study": study.slug,
         "config": dataclasses.asdict(config),
-        "sources": [_source_digest(module) for module in modules],
+        "sources": [_study_digest(study), *methods],
         "data": {name: identity(name) for name in study.data_sets(config)},
         "etude": __version__,
         "device": device,
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    try:
+        text = json.dumps(parts, sort_keys=True)
+    except TypeError as error:
+        raise InputError(
+            f"its configuration cannot be written down ({error})",
+            where=f"study {study.slug!r}",
+            instead="use numbers, text, booleans, None, and tuples or dataclasses of these",
+        ) from error
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-@lru_cache
-def _source_digest(module: str) -> str:
-    spec = importlib.util.find_spec(module) if module and module != "__main__" else None
+def _study_digest(study: Study) -> str:
+    """Digest of the module a study is written in, or, in a notebook, of its measurement alone."""
+    if study.origin != "__main__":
+        return _source_digest(study.origin, study.slug)
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    if script and Path(script).exists():
+        return _text_digest(Path(script).read_text(encoding="utf-8"))
+    try:
+        return _text_digest(inspect.cleandoc("\n" + inspect.getsource(study.measure)))
+    except (OSError, TypeError, SyntaxError) as error:
+        raise InputError(
+            "its source cannot be found",
+            where=f"study {study.slug!r}",
+            instead="write it into a file, so that a change of it is noticed",
+        ) from error
+
+
+def _source_digest(module: str, study: str) -> str:
+    """Digest of a module's source, or of all modules of a package."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        spec = None
     if spec is None or spec.origin is None:
-        return module
-    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+        raise InputError(
+            f"no module {module!r}", where=f"study {study!r}", instead="name the dotted module of the method"
+        )
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    files = sorted(path for folder in folders for path in folder.rglob("*.py")) or [Path(spec.origin)]
+    return hashlib.sha256(
+        "".join(_text_digest(path.read_text(encoding="utf-8")) for path in files).encode()
+    ).hexdigest()
+
+
+def _text_digest(text: str) -> str:
+    tree = ast.parse(text)
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             first = node.body[0] if node.body else None
@@ -100,23 +144,30 @@ def _source_digest(module: str) -> str:
 
 def _parse(name: str, text: str, kind: Any) -> Any:
     """Read ``text`` as a value of the annotated type ``kind``."""
-    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    options = typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
     if type(None) in options and text.lower() == "none":
         return None
     for option in options:
         if option is not type(None):
             try:
                 return _read(text, option)
-            except ValueError:
+            except (ValueError, KeyError):
                 continue
-    shown = getattr(kind, "__name__", str(kind))
+    if typing.get_origin(kind) is typing.Literal:
+        raise InputError(f"got {text!r}", where=f"--set {name}", instead=nearest(text, map(str, typing.get_args(kind))))
+    shown = kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
     raise InputError(f"got {text!r}", where=f"--set {name}", instead=f"give a value of type {shown}")
 
 
 def _read(text: str, kind: Any) -> Any:
     if typing.get_origin(kind) is tuple:
         items = [item.strip() for item in text.strip("()[] ").split(",") if item.strip()]
-        return tuple(_read(item, typing.get_args(kind)[0]) for item in items)
+        kinds = typing.get_args(kind)
+        if len(kinds) == 2 and kinds[1] is Ellipsis:
+            kinds = kinds[:1] * len(items)
+        return tuple(_read(item, each) for item, each in zip(items, kinds, strict=True))
+    if typing.get_origin(kind) is typing.Literal:
+        return {str(option): option for option in typing.get_args(kind)}[text]
     if kind is bool:
         if text.lower() not in ("true", "false"):
             raise ValueError(text)

@@ -1,12 +1,16 @@
 """Run a study's missing cells, keep every finished one, and judge its claims."""
 
 import dataclasses
+import math
 import os
 import platform
+import re
 import shutil
 import sys
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,10 +19,10 @@ from typing import Any
 from etude import __version__
 from etude.core.checks import InputError, check_at_least, check_one_of
 from etude.lab.cells import Cell, configure, plan, run_digest
-from etude.lab.executors import BACKENDS, Task, TaskOutcome, execute, heartbeats
+from etude.lab.executors import Task, TaskOutcome, check_backend, execute, heartbeats
 from etude.lab.results import Record, Results
 from etude.lab.rules import Finding
-from etude.lab.statistics import Verdict
+from etude.lab.statistics import Interval, Verdict
 from etude.lab.store import Store, StoredFailure, StoredRun
 from etude.lab.study import Claim, Study
 
@@ -80,6 +84,8 @@ class CellFailed:
 
 Event = Planned | CellProgress | CellFinished | CellFailed
 Listener = Callable[[Event], None]
+Track = Callable[[str, Mapping[str, Any]], None]
+"""Logs the numbers among some values under a cell's name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +94,7 @@ class Outcome:
 
     Args:
         study: the study's slug.
+        run: the run's digest, under which the store keeps it.
         config: the configuration it ran.
         finished: cells measured now.
         reused: cells kept from before.
@@ -96,6 +103,7 @@ class Outcome:
     """
 
     study: str
+    run: str
     config: Any
     finished: int
     reused: int
@@ -105,10 +113,17 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class Judgement:
-    """A claim and what the results say of it."""
+    """A claim and what the results say of it.
+
+    Args:
+        claim: the claim.
+        finding: what its rule found.
+        trouble: why the rule could not read the records, e.g. of another version of the study; empty if it could.
+    """
 
     claim: Claim
     finding: Finding
+    trouble: str = ""
 
 
 def run(
@@ -138,7 +153,7 @@ def run(
         results: the results folder.
         fresh: measure the cells anew that are already there.
         tracker: also log every finished cell to ``tensorboard``, ``wandb`` or ``mlflow``.
-        listener: called with every event.
+        listener: called with every event, one at a time, some from a thread of the engine's own.
 
     Raises:
         InputError: for unusable arguments, before anything is measured.
@@ -148,76 +163,97 @@ def run(
     chosen = _choose_seeds(study, preset, seeds)
     place = _choose_device(device)
     count = _choose_workers(workers, place)
-    check_one_of("backend", backend, BACKENDS)
-    digest = run_digest(study, config, place.partition(":")[0])
-    cells = plan(study, config, chosen, place.partition(":")[0])
+    check_backend(backend)
+    _check_tracker(tracker)
+    kind = place.partition(":")[0]
+    digest = run_digest(study, config, kind)
+    cells = plan(study, digest, chosen)
+    folder = Path(results)
+    artifacts = folder / "artifacts" / digest[:16]
     tell = listener or (lambda event: None)
-    track, end_tracking = _tracker(tracker, study, config, Path(results))
-    with Store(Path(results), write=True) as store:
-        _begin(store, study, preset, config, digest, place)
-        artifacts = Path(results) / "artifacts" / digest[:16]
+    with Store(folder, write=True) as store:
         if fresh:
             store.forget(cell.digest for cell in cells)
             shutil.rmtree(artifacts, ignore_errors=True)
         done = store.finished_cells(digest)
         missing = [cell for cell in cells if cell.digest not in done]
+        store.begin(digest, _entry(study, preset, config, digest, place), measuring=bool(missing))
         tell(Planned(study, len(cells), len(cells) - len(missing)))
-        driver = _Driver(study, digest, store, tell, track)
-        interrupted = driver.go(missing, config, place, artifacts, backend, count)
+        with _tracking(tracker, study, config, folder) as track:
+            driver = _Driver(study, digest, store, tell, track)
+            interrupted = driver.go(missing, config, place, artifacts, backend, count)
         if not interrupted and not driver.failed:
             shutil.rmtree(artifacts, ignore_errors=True)
-    end_tracking()
-    return Outcome(study.slug, config, driver.finished, len(cells) - len(missing), tuple(driver.failed), interrupted)
+            with suppress(OSError):  # other runs' artifacts
+                artifacts.parent.rmdir()
+    return Outcome(
+        study=study.slug,
+        run=digest,
+        config=config,
+        finished=driver.finished,
+        reused=len(cells) - len(missing),
+        failed=tuple(driver.failed),
+        interrupted=interrupted,
+    )
 
 
 def judge(study: Study, found: StoredRun | Results, preset: str | None = None) -> tuple[Judgement, ...]:
-    """Decide every claim on a run's results; ``smoke`` proves that a study runs and decides nothing."""
+    """Decide every claim on a run's results; ``smoke`` proves that a study runs and decides nothing.
+
+    A rule that cannot read the records (a name that none of them carries) decides nothing either, and says why.
+    """
     results = found.results if isinstance(found, StoredRun) else found
     level = preset or (found.preset if isinstance(found, StoredRun) else "small")
     judgements = []
     for claim in study.claims:
-        finding = claim.rule(results)
+        try:
+            finding, trouble = claim.rule(results), ""
+        except InputError as error:
+            finding, trouble = Finding(Verdict.INCONCLUSIVE, Interval(math.nan, math.nan, math.nan), "", 0), str(error)
         if level == "smoke":
             finding = dataclasses.replace(finding, verdict=Verdict.INCONCLUSIVE)
-        judgements.append(Judgement(claim, finding))
+        judgements.append(Judgement(claim, finding, trouble))
     return tuple(judgements)
 
 
 class _Driver:
     """The only writer: takes outcomes as they come, stores each, and tells the listener."""
 
-    def __init__(self, study: Study, digest: str, store: Store, tell: Listener, track: Callable[..., None]):
+    def __init__(self, study: Study, digest: str, store: Store, tell: Listener, track: Track):
         self.study, self.digest, self.store = study, digest, store
         self.tell, self.track = tell, track
         self.finished = 0
         self.failed: list[StoredFailure] = []
+        self._running: dict[str, Cell] = {}
+        self._one_at_a_time = threading.Lock()
 
     def go(self, cells: list[Cell], config: Any, device: str, artifacts: Path, backend: str, workers: int) -> bool:
         """Measure ``cells``; returns whether it was interrupted."""
-        # Beats live in the results folder, which workers on other machines share too.
-        beats = Path(tempfile.mkdtemp(prefix="beats-", dir=self.store.folder)).absolute()
-        by_digest = {cell.digest: cell for cell in cells}
-
-        def beat(digest: str, fraction: float, metrics: dict[str, float]) -> None:
-            if cell := by_digest.get(digest):
-                self.tell(CellProgress(self.study, cell.arm, cell.seed, fraction, metrics))
-
-        tasks = [
-            Task(self.study.measure, config, cell, device, (artifacts / str(cell.seed)).absolute(), beats)
-            for cell in cells
-        ]
-        end_beats = heartbeats(beats, beat)
-        outcomes = execute(tasks, backend, min(workers, max(len(tasks), 1)))
-        try:
-            for outcome in outcomes:
-                self._take(outcome)
-        except KeyboardInterrupt:
-            return True
-        finally:
-            outcomes.close()  # type: ignore[attr-defined]
-            end_beats()
-            shutil.rmtree(beats, ignore_errors=True)
+        if not cells:
+            return False
+        self._running = {cell.digest: cell for cell in cells}
+        with self.store.beats() as beats:
+            tasks = [
+                Task(self.study.measure, config, cell, device, (artifacts / str(cell.seed)).absolute(), beats)
+                for cell in cells
+            ]
+            end_beats = heartbeats(beats, self._beat)
+            try:
+                with closing(execute(tasks, backend, min(workers, len(tasks)))) as outcomes:
+                    for outcome in outcomes:
+                        self._take(outcome)
+            except KeyboardInterrupt:
+                return True
+            finally:
+                end_beats()
         return False
+
+    def _beat(self, digest: str, fraction: float, metrics: Mapping[str, float]) -> None:
+        """Called from the thread that watches the cells."""
+        with self._one_at_a_time:
+            if cell := self._running.get(digest):
+                self.track(f"{_cell_name(cell)}/progress", metrics)
+                self.tell(CellProgress(self.study, cell.arm, cell.seed, fraction, metrics))
 
     def _take(self, outcome: TaskOutcome) -> None:
         cell = outcome.cell
@@ -231,18 +267,26 @@ class _Driver:
             records=outcome.records,
             failure=outcome.failure,
         )
-        if outcome.records is None:
-            self.failed.append(StoredFailure(cell.arm, cell.seed, outcome.failure or ""))
-            self.tell(CellFailed(self.study, cell.arm, cell.seed, outcome.failure or ""))
-            return
-        self.finished += 1
-        self.track(cell, outcome.records, self.finished)
-        self.tell(CellFinished(self.study, cell.arm, cell.seed, outcome.seconds, outcome.records))
+        with self._one_at_a_time:
+            # From now on a late heartbeat of it is none.
+            self._running.pop(cell.digest, None)
+            if outcome.records is None:
+                self.failed.append(StoredFailure(cell.arm, cell.seed, outcome.failure or ""))
+                self.tell(CellFailed(self.study, cell.arm, cell.seed, outcome.failure or ""))
+                return
+            self.finished += 1
+            for record in outcome.records:
+                self.track(_cell_name(cell), record)
+            self.tell(CellFinished(self.study, cell.arm, cell.seed, outcome.seconds, outcome.records))
 
 
-def _begin(store: Store, study: Study, preset: str, config: Any, digest: str, device: str) -> None:
+def _cell_name(cell: Cell) -> str:
+    return f"{cell.arm}/seed {cell.seed}"
+
+
+def _entry(study: Study, preset: str, config: Any, digest: str, device: str) -> StoredRun:
     now = _now()
-    entry = StoredRun(
+    return StoredRun(
         study=study.slug,
         preset=preset,
         config=dataclasses.asdict(config),
@@ -251,12 +295,12 @@ def _begin(store: Store, study: Study, preset: str, config: Any, digest: str, de
         seeds=(),
         started=now,
         finished=now,
+        asked=datetime.now(UTC).isoformat(timespec="microseconds"),
         seconds=0.0,
         environment=_environment(device),
         results=Results(()),
         failures=(),
     )
-    store.begin(digest, entry)
 
 
 def _choose_seeds(study: Study, preset: str, seeds: int | Sequence[int] | None) -> tuple[int, ...]:
@@ -280,13 +324,13 @@ def _choose_device(device: str) -> str:
         from accelerate import PartialState
 
         return str(PartialState().device)
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"{device!r} cannot be used: {reason}", where="device", instead="give 'auto' or 'cpu'"
-        ) from error
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    usable = ["auto", "cpu", *([accelerator.type] if accelerator else [])]
+    kind, _, index = device.partition(":")
+    check_one_of("device", kind, usable)
+    count = torch.accelerator.device_count() if accelerator and kind != "cpu" else 1
+    if index and not (index.isdecimal() and int(index) < count):
+        raise InputError(f"got {device!r}", where="device", instead=f"number it from 0 to {count - 1}")
     return device
 
 
@@ -298,35 +342,62 @@ def _choose_workers(workers: int | None, device: str) -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _tracker(
-    name: str | None, study: Study, config: Any, folder: Path
-) -> tuple[Callable[[Cell, tuple[Record, ...], int], None], Callable[[], None]]:
-    """A function that logs a finished cell with one of Accelerate's trackers, and one that ends it."""
+def _check_tracker(name: str | None) -> None:
     if name is None:
-        return lambda cell, records, step: None, lambda: None
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
+        return
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
     check_one_of("tracker", name, [str(kind) for kind in LOGGER_TYPE_TO_CLASS])
-    if not filter_trackers([name], str(folder)):
+    if name not in map(str, get_available_trackers()):
         raise InputError(f"{name!r} is not installed", where="tracker", instead=f"pip install {name}")
+
+
+@contextmanager
+def _tracking(name: str | None, study: Study, config: Any, folder: Path) -> Iterator[Track]:
+    """Log with one of Accelerate's trackers; one that fails on the way is given up, and the run goes on."""
+    if name is None:
+        yield lambda cell, values: None
+        return
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
     kind = LOGGER_TYPE_TO_CLASS[name]
     arguments = {"logging_dir": str(folder / "tracker")} if kind.requires_logging_directory else {}
-    tracker = kind(study.slug, **arguments)
-    tracker.start()
-    tracker.store_init_configuration(
-        {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in dataclasses.asdict(config).items()}
-    )
+    settings = dataclasses.asdict(config).items()
+    try:
+        tracker = kind(study.slug, **arguments)
+        tracker.start()
+        tracker.store_init_configuration(
+            {key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in settings}
+        )
+    except Exception as error:
+        raise InputError(
+            f"{name!r} cannot be started ({type(error).__name__}: {error})",
+            where="tracker",
+            instead="set it up, or run without one: finished cells can be exported at any time",
+        ) from error
+    step, broken = 0, False
 
-    def log(cell: Cell, records: tuple[Record, ...], step: int) -> None:
+    def log(cell: str, values: Mapping[str, Any]) -> None:
+        nonlocal step, broken
+        # MLflow takes few characters in a name, and Weights & Biases only steps that grow.
         numbers = {
-            f"{cell.arm}/{key}": float(value)
-            for record in records
-            for key, value in record.items()
-            if key != "seed" and isinstance(value, (int, float))
+            re.sub(r"[^\w\-. /]", "_", f"{cell}/{key}", flags=re.ASCII): float(value)
+            for key, value in values.items()
+            if key not in ("arm", "seed") and isinstance(value, (int, float))
         }
-        tracker.log(numbers, step=step)
+        if broken or not numbers:
+            return
+        try:
+            tracker.log(numbers, step=step)
+            step += 1
+        except Exception as error:
+            broken = True
+            warnings.warn(f"{name} takes no more values ({type(error).__name__}: {error})", stacklevel=2)
 
-    return log, tracker.finish
+    try:
+        yield log
+    finally:
+        tracker.finish()
 
 
 def _environment(device: str) -> dict[str, str]:

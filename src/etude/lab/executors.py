@@ -1,15 +1,18 @@
-"""Where cells are computed: joblib's backends, one torch thread a cell."""
+"""Where cells are computed: joblib's backends, one thread a cell."""
 
 import importlib
 import json
+import logging
 import os
 import shutil
+import signal
 import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+import warnings
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ from etude.lab.cells import Cell
 from etude.lab.results import Record
 from etude.lab.study import Measure
 
-__all__ = ["BACKENDS", "Task", "TaskOutcome", "execute", "heartbeats"]
+__all__ = ["BACKENDS", "Task", "TaskOutcome", "check_backend", "execute", "heartbeats"]
 
 BACKENDS = ("loky", "threading", "dask", "ray")
 POLL_SECONDS = 0.5
@@ -36,6 +39,11 @@ class Task:
     artifacts: Path
     beats: Path
 
+    @property
+    def beat(self) -> Path:
+        """The file that is there while the cell is computed, and tells how far it is."""
+        return self.beats / f"{self.cell.digest}.json"
+
 
 @dataclass(frozen=True)
 class TaskOutcome:
@@ -47,25 +55,43 @@ class TaskOutcome:
     failure: str | None = None
 
 
-def execute(tasks: list[Task], backend: str, workers: int) -> Iterator[TaskOutcome]:
-    """Measure the cells and yield each outcome as it comes.
-
-    One worker on the default backend computes in this process.
+def check_backend(backend: str) -> str:
+    """Return ``backend`` if it can be used here.
 
     Raises:
         InputError: for an unknown backend, or one whose package is not installed.
     """
-    import joblib
-
     check_one_of("backend", backend, BACKENDS)
+    if backend in ("dask", "ray"):
+        try:
+            importlib.import_module("ray.util.joblib" if backend == "ray" else "distributed")
+        except ImportError as error:
+            raise InputError(
+                f"{backend!r} is not installed", where="backend", instead=f'pip install "etude[{backend}]"'
+            ) from error
+    return backend
+
+
+def execute(tasks: list[Task], backend: str, workers: int) -> Generator[TaskOutcome, None, None]:
+    """Measure the cells and yield each outcome as it comes.
+
+    One worker on the default backend computes in this process. With several, a cell that takes its process down
+    with it (out of memory, a fault in native code) is one that failed: the others go on.
+
+    Raises:
+        InputError: for an unknown backend, or one whose package is not installed.
+    """
+    check_backend(backend)
+    if not tasks:
+        return
+    if backend == "loky" and workers > 1:
+        yield from _in_processes(tasks, workers)
+        return
     with ExitStack() as stack:
+        stack.enter_context(_one_thread(tasks[0].device))
         if backend in ("dask", "ray"):
             stack.enter_context(_cluster(backend, workers))
-        stack.enter_context(joblib.parallel_config(backend=backend, n_jobs=workers))
-        generator = joblib.Parallel(return_as="generator_unordered")(joblib.delayed(_measure)(t) for t in tasks)
-        # Closing the generator cancels what has not begun, whatever ended the loop.
-        stack.callback(generator.close)
-        yield from generator
+        yield from _in_parallel(tasks, backend, workers)
 
 
 def heartbeats(folder: Path, report: Callable[[str, float, dict[str, float]], None]) -> Callable[[], None]:
@@ -95,6 +121,73 @@ def heartbeats(folder: Path, report: Callable[[str, float, dict[str, float]], No
     return end
 
 
+def _in_parallel(tasks: list[Task], backend: str, workers: int) -> Generator[TaskOutcome, None, None]:
+    """One joblib call; ended early it cancels what has not begun and ends its processes."""
+    import joblib
+
+    # A cell is sent alone, never in a batch, so that it is stored as soon as it is done. Arrays go through pipes
+    # (max_nbytes), so that no pickle ever lies on the disk.
+    settings: dict[str, Any] = {"n_jobs": workers, "batch_size": 1, "max_nbytes": None}
+    parameters: dict[str, Any] = {}
+    if backend == "loky" and workers > 1:
+        parameters = {"initializer": _serve, "initargs": (os.getpid(),), "inner_max_num_threads": 1}
+    with joblib.parallel_config(backend=backend, **parameters):
+        parallel = joblib.Parallel(return_as="generator_unordered", **settings)
+    outcomes = parallel(joblib.delayed(_measure)(task) for task in tasks)
+    try:
+        # Not `yield from`, which would close them before the warnings are silenced.
+        for outcome in outcomes:  # noqa: UP028
+            yield outcome
+    except GeneratorExit:
+        with warnings.catch_warnings():  # of cells that were begun in vain, which is what was asked for
+            warnings.simplefilter("ignore")
+            outcomes.close()
+        raise
+
+
+def _in_processes(tasks: list[Task], workers: int) -> Generator[TaskOutcome, None, None]:
+    from joblib.externals.loky import BrokenProcessPool
+
+    left = {task.cell.digest: task for task in tasks}
+    while left:
+        try:
+            with closing(_in_parallel(list(left.values()), "loky", workers)) as outcomes:
+                for outcome in outcomes:
+                    del left[outcome.cell.digest]
+                    yield outcome
+        except BrokenProcessPool:
+            # The pool does not say whose process died: measure those that were begun again, each alone.
+            begun = [task for task in left.values() if task.beat.exists()] or list(left.values())[:workers]
+            for task in begun:
+                yield _alone(left.pop(task.cell.digest))
+
+
+def _alone(task: Task) -> TaskOutcome:
+    """Measure one cell in a process of its own."""
+    from joblib.externals.loky import BrokenProcessPool
+
+    started = time.perf_counter()
+    try:
+        (outcome,) = _in_parallel([task], "loky", 2)  # with one worker joblib would compute here
+        return outcome
+    except BrokenProcessPool as error:
+        reason = f"The process that measured this cell died, twice.\n{error}"
+        task.beat.unlink(missing_ok=True)
+        return TaskOutcome(task.cell, time.perf_counter() - started, None, reason)
+
+
+def _serve(driver: int) -> None:
+    """Make this process a worker: the driver alone answers Ctrl-C, and no worker outlives it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch() -> None:
+        while os.getppid() == driver:
+            time.sleep(POLL_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _measure(task: Task) -> TaskOutcome:
     """Measure one cell; whatever it raises comes back as a traceback."""
     import torch
@@ -102,21 +195,28 @@ def _measure(task: Task) -> TaskOutcome:
     from etude.lab.context import CellContext
 
     started = time.perf_counter()
-    scratch = Path(tempfile.mkdtemp(prefix="etude-"))
-    beat = task.beats / f"{task.cell.digest}.json"
+    scratch: str | None = None
     try:
-        with _reproducible(task.cell.digest):
-            context = CellContext(torch.device(task.device), scratch, task.artifacts, beat)
+        with suppress(OSError):
+            task.beat.write_text('{"fraction": 0, "metrics": {}}')
+        scratch = tempfile.mkdtemp(prefix="etude-")
+        with _one_thread(task.device):
+            _seed(task.cell.digest)
+            context = CellContext(torch.device(task.device), Path(scratch), task.artifacts, task.beat)
             found = task.measure(task.config, task.cell.arm, task.cell.seed, context)
             records = tuple(
                 _checked(record, task.cell) for record in ([found] if isinstance(found, Mapping) else found)
             )
         return TaskOutcome(task.cell, time.perf_counter() - started, records)
-    except Exception:
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # a library's sys.exit too must not end the run
         return TaskOutcome(task.cell, time.perf_counter() - started, None, traceback.format_exc())
     finally:
-        beat.unlink(missing_ok=True)
-        shutil.rmtree(scratch, ignore_errors=True)
+        with suppress(OSError):
+            task.beat.unlink(missing_ok=True)
+        if scratch:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _checked(record: Record, cell: Cell) -> Record:
@@ -124,52 +224,72 @@ def _checked(record: Record, cell: Cell) -> Record:
     values: dict[str, Any] = {"arm": cell.arm, "seed": cell.seed}
     for name, value in record.items():
         plain = value.item() if hasattr(value, "item") else value
-        if not isinstance(plain, (bool, int, float, str, type(None))):
+        if not isinstance(name, str) or not isinstance(plain, (bool, int, float, str, type(None))):
             raise InputError(
                 f"got {type(value).__name__}",
                 where=f"record entry {name!r}",
-                instead="record numbers or text",
+                instead="record numbers or text under names",
+            )
+        if plain != values.get(name, plain):
+            raise InputError(
+                f"got {plain!r} in the cell of {values[name]!r}",
+                where=f"record entry {name!r}",
+                instead="choose another name: the engine enters arm and seed",
             )
         values[name] = plain
     return values
 
 
-@contextmanager
-def _reproducible(digest: str) -> Iterator[None]:
-    """One torch thread and global generators seeded by the cell, so that order and backend do not matter."""
+def _seed(digest: str) -> None:
+    """The global generators seeded by the cell, so that order and backend do not matter."""
     import random
 
     import numpy as np
     import torch
 
-    threads, states = torch.get_num_threads(), (random.getstate(), np.random.get_state())
     seed = int(digest[:8], 16)
-    torch.set_num_threads(1)
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@contextmanager
+def _one_thread(device: str) -> Iterator[None]:
+    """One thread; this process's threads, default type and global generators are put back afterwards."""
+    import random
+
+    import numpy as np
+    import torch
+    from threadpoolctl import threadpool_limits
+
+    kind, _, index = device.partition(":")
+    places = [int(index or 0)] if kind == "cuda" and torch.cuda.is_available() else []
+    threads, kind_of_float = torch.get_num_threads(), torch.get_default_dtype()
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=places), threadpool_limits(1):
         try:
+            torch.set_num_threads(1)
             yield
         finally:
             torch.set_num_threads(threads)
+            torch.set_default_dtype(kind_of_float)
             random.setstate(states[0])
             np.random.set_state(states[1])
 
 
 @contextmanager
 def _cluster(backend: str, workers: int) -> Iterator[None]:
-    try:
-        importlib.import_module("ray.util.joblib" if backend == "ray" else "distributed")
-    except ImportError as error:
-        raise InputError(
-            f"{backend!r} is not installed", where="backend", instead=f'pip install "etude[{backend}]"'
-        ) from error
     if backend == "ray":
+        import joblib
         import ray
-        from ray.util.joblib import register_ray
+        from ray.util.joblib.ray_backend import RayBackend
 
-        register_ray()
+        class StreamingRay(RayBackend):
+            """Ray's own backend, which hands over results as they come, though it does not say so."""
+
+            supports_return_generator = True
+
+        joblib.register_parallel_backend("ray", StreamingRay)
         if not ray.is_initialized():
             # An address in RAY_ADDRESS joins that cluster; without one a local cluster is started.
             ray.init(num_cpus=None if os.environ.get("RAY_ADDRESS") else workers, log_to_driver=False)
@@ -180,5 +300,6 @@ def _cluster(backend: str, workers: int) -> Iterator[None]:
     # A scheduler named in DASK_SCHEDULER_ADDRESS is joined; without one the workers are local.
     address = os.environ.get("DASK_SCHEDULER_ADDRESS")
     local = {"processes": False, "n_workers": 1, "threads_per_worker": workers, "dashboard_address": None}
+    local["silence_logs"] = logging.ERROR
     with Client(address) if address else Client(**local):
         yield

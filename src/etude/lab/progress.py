@@ -9,6 +9,7 @@ from rich.text import Text
 
 from etude.lab.engine import CellFailed, CellFinished, CellProgress, Event, Planned
 from etude.lab.results import Record
+from etude.lab.wording import number
 
 __all__ = ["ProgressDisplay"]
 
@@ -17,15 +18,13 @@ class ProgressDisplay:
     """A listener for `etude.lab.run` that shows cells done, the current metric and the time left.
 
     Args:
-        console: where to show it.
-        workers: cells at a time, for the estimate of the time left.
+        console: where to show it; without a terminal that can move its cursor, finished cells are plain lines.
     """
 
-    def __init__(self, console: Console, workers: int = 1):
+    def __init__(self, console: Console):
         self.console = console
-        self._bar = _bar(console) if console.is_terminal else None
+        self._bar = _bar(console) if console.is_terminal and not console.is_dumb_terminal else None
         self._task: TaskID | None = None
-        self._workers = workers
         self._total = self._done = 0
         self._started = 0.0
         self._began_with = 0
@@ -46,7 +45,7 @@ class ProgressDisplay:
             self._plan(event)
         elif isinstance(event, CellProgress):
             self._fractions[event.arm, event.seed] = event.fraction
-            self._update(f"{event.arm}, seed {event.seed}: {_shown(event.metrics)}")
+            self._update(f"{event.arm}, seed {event.seed}: {_shown(event.metrics)}".removesuffix(": "))
         elif isinstance(event, CellFinished):
             self._finish(event)
         else:
@@ -61,7 +60,7 @@ class ProgressDisplay:
             if self._task is not None:
                 self._bar.remove_task(self._task)
             self._task = self._bar.add_task(
-                event.study.slug, total=event.total, completed=event.done, metric="", left=""
+                event.study.slug, total=event.total, completed=event.done, metric=kept.lstrip(", "), left=""
             )
         else:
             self._line(f"{event.study.slug}: {event.total} cells{kept}")
@@ -74,7 +73,8 @@ class ProgressDisplay:
         if self._bar:
             self._update(text)
         else:
-            self._line(f"[{self._done}/{self._total}] {text} ({event.seconds:.1f} s; {self._left()})")
+            timing = f"{event.seconds:.1f} s" + (f"; {self._left()}" if self._done < self._total else "")
+            self._line(f"[{self._done}/{self._total}] {text} ({timing})")
 
     def _fail(self, event: CellFailed) -> None:
         self._done += 1
@@ -96,7 +96,10 @@ class ProgressDisplay:
         if not done:
             return ""
         seconds = (time.monotonic() - self._started) / done * (self._total - self._began_with - done)
-        return f"{seconds:.0f} s left" if seconds < 90 else f"{seconds / 60:.0f} min left"
+        for unit, size in (("s", 1), ("min", 60)):
+            if seconds < 90 * size:
+                return f"{seconds / size:.0f} {unit} left"
+        return f"{seconds / 3600:.1f} h left"
 
 
 def _bar(console: Console) -> Progress:
@@ -113,8 +116,8 @@ def _bar(console: Console) -> Progress:
 
 def _headline(records: tuple[Record, ...], metric: str) -> str:
     values = [record[metric] for record in records if isinstance(record.get(metric), (int, float))]
-    return f"{metric} {values[-1]:.4g}" if values else ""
+    return f"{metric} {number(float(values[-1]))}" if values else ""
 
 
 def _shown(metrics: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+    return ", ".join(f"{name} {number(value)}" for name, value in metrics.items())

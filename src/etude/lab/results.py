@@ -52,9 +52,17 @@ class Results:
                 match but none carries ``metric``.
         """
         values: dict[int, list[float]] = {}
-        for record in self._carrying((metric,), arm, where):
-            values.setdefault(int(record["seed"]), []).append(float(record[metric]))
+        for seed, value in self.runs(metric, arm, where):
+            values.setdefault(seed, []).append(value)
         return {seed: math.fsum(found) / len(found) for seed, found in sorted(values.items())}
+
+    def runs(self, metric: str, arm: str, where: Mapping[str, Any] | None = None) -> list[tuple[int, float]]:
+        """Seed and ``metric`` of every record of one arm at one coordinate, several records of a seed one by one.
+
+        Raises:
+            InputError: as `by_seed`.
+        """
+        return [(int(record["seed"]), float(record[metric])) for record in self._carrying((metric,), arm, where)]
 
     def curves(
         self, coordinate: str, metric: str, arm: str, where: Mapping[str, Any] | None = None

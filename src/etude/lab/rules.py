@@ -43,8 +43,9 @@ class Finding:
         verdict: reproduced, not reproduced or inconclusive.
         effect: the measured effect with its 95% interval.
         bound: what the interval is held against, in words.
-        seeds: how many paired seeds it rests on.
+        seeds: how many paired seeds it rests on; 0 if the rule asks for what was not measured.
         parts: the findings of a combined rule's members.
+        limits: the numbers in ``bound``, in the units of ``effect``.
     """
 
     verdict: Verdict
@@ -52,14 +53,26 @@ class Finding:
     bound: str
     seeds: int
     parts: tuple["Finding", ...] = ()
+    limits: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A decision rule: its wording and its decision; called with `Results`, returns a `Finding`."""
+    """A decision rule; called with `Results`, it returns a `Finding`.
+
+    Args:
+        wording: the rule in words.
+        decide: from results to the finding.
+        arms: the arms it reads; an `etude.lab.Study` refuses a rule that names an arm it does not have.
+        parts: the members of a combined rule.
+        least: how many of them must hold.
+    """
 
     wording: str
     decide: Callable[[Results], Finding]
+    arms: tuple[str, ...] = ()
+    parts: tuple["Rule", ...] = ()
+    least: int = 0
 
     def __call__(self, results: Results) -> Finding:
         """Decide on these results."""
@@ -88,9 +101,9 @@ def within(arm: str, *, than: str, metric: str, margin: float, where: Where = No
         inside = Verdict.REPRODUCED if -margin < effect.low and effect.high < margin else Verdict.INCONCLUSIVE
         outside = effect.low > margin or effect.high < -margin
         verdict = Verdict.NOT_REPRODUCED if outside else inside
-        return _finding(verdict, effect, f"inside ±{margin:g}", len(pairs))
+        return _finding(verdict, effect, f"inside ±{margin:g}", len(pairs), -margin, margin)
 
-    return Rule(f"{metric}{_at(where)}: {arm} − {than} inside ±{margin:g}", decide)
+    return Rule(f"{metric}{_at(where)}: {arm} − {than} inside ±{margin:g}", decide, (arm, than))
 
 
 def ratio_at_least(arm: str, *, than: str, metric: str, factor: float = 1.0, where: Where = None) -> Rule:
@@ -100,13 +113,12 @@ def ratio_at_least(arm: str, *, than: str, metric: str, factor: float = 1.0, whe
     def decide(results: Results) -> Finding:
         pairs = _paired(results, arm, than, metric, where)
         if any(value <= 0 for pair in pairs for value in pair):
-            return _finding(Verdict.INCONCLUSIVE, _UNKNOWN, f"ratio above {factor:g}", len(pairs))
+            return _finding(Verdict.INCONCLUSIVE, _UNKNOWN, f"ratio above {factor:g}", len(pairs), factor)
         ratio = bootstrap_mean([math.log(a) - math.log(b) for a, b in pairs])
-        logarithms = np.clip([ratio.mean, ratio.low, ratio.high], -LARGEST_LOGARITHM, LARGEST_LOGARITHM)
-        effect = Interval(*map(float, np.exp(logarithms)))
-        return _finding(effect.above(factor), effect, f"ratio above {factor:g}", len(pairs))
+        effect = Interval(*map(_exponential, (ratio.mean, ratio.low, ratio.high)))
+        return _finding(effect.above(factor), effect, f"ratio above {factor:g}", len(pairs), factor)
 
-    return Rule(f"{metric}{_at(where)}: {arm} / {than} above {factor:g}", decide)
+    return Rule(f"{metric}{_at(where)}: {arm} / {than} above {factor:g}", decide, (arm, than))
 
 
 def at_least(arm: str, *, metric: str, value: float, where: Where = None) -> Rule:
@@ -115,9 +127,9 @@ def at_least(arm: str, *, metric: str, value: float, where: Where = None) -> Rul
     def decide(results: Results) -> Finding:
         found = list(results.by_seed(metric, arm, where).values())
         effect = bootstrap_mean(found)
-        return _finding(effect.above(value), effect, f"above {value:g}", len(found))
+        return _finding(effect.above(value), effect, f"above {value:g}", len(found), value)
 
-    return Rule(f"{metric}{_at(where)}: {arm} above {value:g}", decide)
+    return Rule(f"{metric}{_at(where)}: {arm} above {value:g}", decide, (arm,))
 
 
 def at_most(arm: str, *, metric: str, value: float, where: Where = None) -> Rule:
@@ -127,9 +139,9 @@ def at_most(arm: str, *, metric: str, value: float, where: Where = None) -> Rule
         found = list(results.by_seed(metric, arm, where).values())
         effect = bootstrap_mean(found)
         verdict = Interval(-effect.mean, -effect.high, -effect.low).above(-value)
-        return _finding(verdict, effect, f"below {value:g}", len(found))
+        return _finding(verdict, effect, f"below {value:g}", len(found), value)
 
-    return Rule(f"{metric}{_at(where)}: {arm} below {value:g}", decide)
+    return Rule(f"{metric}{_at(where)}: {arm} below {value:g}", decide, (arm,))
 
 
 def increases_with(coordinate: str, *, arm: str, metric: str, where: Where = None, decreases: bool = False) -> Rule:
@@ -140,10 +152,10 @@ def increases_with(coordinate: str, *, arm: str, metric: str, where: Where = Non
         curves = results.curves(coordinate, metric, arm, where)
         taus = [sign * _rank_correlation(curve) for curve in curves.values()]
         effect = bootstrap_mean(taus)
-        return _finding(effect.above(0.0), effect, "rank correlation above 0", len(taus))
+        return _finding(effect.above(0.0), effect, "rank correlation above 0", len(taus), 0.0)
 
     direction = "falls" if decreases else "rises"
-    return Rule(f"{metric}{_at(where)}: {arm} {direction} with {coordinate}", decide)
+    return Rule(f"{metric}{_at(where)}: {arm} {direction} with {coordinate}", decide, (arm,))
 
 
 def more_often(
@@ -158,18 +170,19 @@ def more_often(
 ) -> Rule:
     """``arm`` passes ``threshold`` in a larger share of runs than ``than``: Fisher's exact test, two-sided.
 
-    Every seed is one run. The effect shown is the difference of the success rates, with Newcombe's interval.
+    Every record is one run: a seed with several (restarts) counts with all of them. The effect shown is the difference
+    of the success rates, with Newcombe's interval.
     """
     check_fraction("alpha", alpha)
 
     def decide(results: Results) -> Finding:
-        counts = []
-        for name in (arm, than):
-            values = list(results.by_seed(metric, name, where).values())
-            counts.append((sum((v <= threshold) if lower else (v >= threshold) for v in values), len(values)))
-        (a, n), (b, m) = counts
+        runs = [results.runs(metric, name, where) for name in (arm, than)]
+        seeds = min(len({seed for seed, _ in found}) for found in runs)
+        (a, n), (b, m) = (
+            (sum((v <= threshold) if lower else (v >= threshold) for _, v in found), len(found)) for found in runs
+        )
         if not (n and m):
-            return _finding(Verdict.INCONCLUSIVE, _UNKNOWN, "success rate higher", 0)
+            return _finding(Verdict.INCONCLUSIVE, _UNKNOWN, f"success rate higher (Fisher p < {alpha:g})", 0, 0.0)
         left, right = wilson(a, n), wilson(b, m)
         gap = left.mean - right.mean
         effect = Interval(
@@ -179,10 +192,10 @@ def more_often(
         )
         significant = stats.fisher_exact([[a, n - a], [b, m - b]]).pvalue < alpha
         verdict = (Verdict.REPRODUCED if gap > 0 else Verdict.NOT_REPRODUCED) if significant else Verdict.INCONCLUSIVE
-        return _finding(verdict, effect, f"success rate higher (Fisher p < {alpha:g})", min(n, m))
+        return _finding(verdict, effect, f"success rate higher (Fisher p < {alpha:g})", seeds, 0.0)
 
     side = "at most" if lower else "at least"
-    return Rule(f"{metric}{_at(where)} {side} {threshold:g}: more often in {arm} than in {than}", decide)
+    return Rule(f"{metric}{_at(where)} {side} {threshold:g}: more often in {arm} than in {than}", decide, (arm, than))
 
 
 def all_of(*rules: Rule) -> Rule:
@@ -193,21 +206,26 @@ def all_of(*rules: Rule) -> Rule:
 def holds_in(least: int, rules: Sequence[Rule]) -> Rule:
     """At least ``least`` of ``rules`` hold; not reproduced once too many of them fail for that.
 
-    The effect shown is that of the member that decides; all members are in ``parts``.
+    The effect shown is that of the member that decides; all members are in ``parts``. A member that asks for what
+    was not measured counts as the least certain of the undecided.
     """
     if not 1 <= least <= len(rules):
         raise InputError(f"got {least} of {len(rules)} rules", where="least", instead="give between 1 and their number")
 
+    def rank(part: Finding) -> tuple[int, bool]:
+        order = [Verdict.REPRODUCED, Verdict.INCONCLUSIVE, Verdict.NOT_REPRODUCED]
+        return order.index(part.verdict), part.seeds == 0
+
     def decide(results: Results) -> Finding:
         parts = tuple(rule(results) for rule in rules)
-        order = [Verdict.REPRODUCED, Verdict.INCONCLUSIVE, Verdict.NOT_REPRODUCED]
         # With the best first, what the last one needed says is what the whole says.
-        decisive = sorted(parts, key=lambda part: order.index(part.verdict))[least - 1]
-        seeds = min(part.seeds for part in parts)
-        return Finding(decisive.verdict, decisive.effect, decisive.bound, seeds, parts)
+        decisive = sorted(parts, key=rank)[least - 1]
+        seeds = min((part.seeds for part in parts if part.seeds), default=0) if decisive.seeds else 0
+        return Finding(decisive.verdict, decisive.effect, decisive.bound, seeds, parts, decisive.limits)
 
     joined = "; ".join(rule.wording for rule in rules)
-    return Rule(joined if least == len(rules) else f"at least {least} of: {joined}", decide)
+    arms = tuple(dict.fromkeys(arm for rule in rules for arm in rule.arms))
+    return Rule(joined if least == len(rules) else f"at least {least} of: {joined}", decide, arms, tuple(rules), least)
 
 
 _UNKNOWN = Interval(math.nan, math.nan, math.nan)
@@ -219,10 +237,10 @@ def _difference(arm: str, than: str, metric: str, where: Where, lower: bool, bou
     def decide(results: Results) -> Finding:
         pairs = _paired(results, arm, than, metric, where)
         effect = bootstrap_mean([sign * (a - b) for a, b in pairs])
-        return _finding(effect.above(bound), effect, f"above {bound:g}", len(pairs))
+        return _finding(effect.above(bound), effect, f"above {bound:g}", len(pairs), bound)
 
     shown = f"{than} − {arm}" if lower else f"{arm} − {than}"
-    return Rule(f"{metric}{_at(where)}: {shown}, {wording}", decide)
+    return Rule(f"{metric}{_at(where)}: {shown}, {wording}", decide, (arm, than))
 
 
 def _paired(results: Results, arm: str, than: str, metric: str, where: Where) -> list[tuple[float, float]]:
@@ -230,13 +248,21 @@ def _paired(results: Results, arm: str, than: str, metric: str, where: Where) ->
     return [(left[seed], right[seed]) for seed in sorted(left.keys() & right.keys())]
 
 
-def _finding(verdict: Verdict, effect: Interval, bound: str, seeds: int) -> Finding:
+def _finding(verdict: Verdict, effect: Interval, bound: str, seeds: int, *limits: float) -> Finding:
     return Finding(
         verdict if seeds >= FEWEST_SEEDS and np.isfinite(effect.mean) else Verdict.INCONCLUSIVE,
         effect,
         bound,
         seeds,
+        limits=limits,
     )
+
+
+def _exponential(logarithm: float) -> float:
+    """Finite for whatever is finite, however large."""
+    if math.isfinite(logarithm):
+        logarithm = min(max(logarithm, -LARGEST_LOGARITHM), LARGEST_LOGARITHM)
+    return math.exp(logarithm)
 
 
 def _rank_correlation(curve: Sequence[tuple[float, float]]) -> float:

@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import sqlite3
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,9 +15,10 @@ from filelock import FileLock, Timeout
 
 from etude.lab.results import Record, Results
 
-__all__ = ["Store", "StoreError", "StoredFailure", "StoredRun"]
+__all__ = ["FolderError", "Store", "StoreError", "StoredFailure", "StoredRun"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+ROOM = 1 << 16
 SCHEMA = """
 CREATE TABLE run (
     digest TEXT PRIMARY KEY,      -- of study, configuration and what else determines its cells
@@ -25,7 +28,8 @@ CREATE TABLE run (
     arms TEXT NOT NULL,
     environment TEXT NOT NULL,
     started TEXT NOT NULL,
-    finished TEXT NOT NULL
+    finished TEXT NOT NULL,
+    asked TEXT NOT NULL DEFAULT ''  -- when it was last asked for, cells to measure or not
 );
 CREATE TABLE cell (
     digest TEXT PRIMARY KEY,
@@ -38,10 +42,15 @@ CREATE TABLE cell (
 );
 CREATE INDEX cell_run ON cell (run);
 """
+FROM_VERSION_1 = "ALTER TABLE run ADD COLUMN asked TEXT NOT NULL DEFAULT '';"
 
 
 class StoreError(Exception):
     """A results folder that cannot be used as it is; the message says what to do. Finished cells are kept."""
+
+
+class FolderError(StoreError):
+    """A results folder that cannot be opened: there is none, it is held, damaged, of a newer etude, or not writable."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,7 @@ class StoredRun:
         seeds: the seeds with a finished cell.
         started: when the first cell was begun, ISO 8601 in UTC.
         finished: when the last cell was stored.
+        asked: when it was last asked for; a run that finds all its cells there changes nothing else.
         seconds: computing time, summed over cells.
         environment: versions and device by name.
         results: what the finished cells measured.
@@ -80,6 +90,7 @@ class StoredRun:
     seeds: tuple[int, ...]
     started: str
     finished: str
+    asked: str
     seconds: float
     environment: dict[str, str]
     results: Results
@@ -94,7 +105,7 @@ class Store:
         write: whether to write: makes the folder, and holds its lock until `close`.
 
     Raises:
-        StoreError: if the folder is missing (reading) or not writable (writing), another run holds it, or the
+        FolderError: if the folder is missing (reading) or not writable (writing), another run holds it, or the
             file is damaged or was written by a newer etude.
     """
 
@@ -119,8 +130,20 @@ class Store:
         self._connection.close()
         self._release()
 
-    def begin(self, digest: str, run: StoredRun) -> None:
-        """Enter a run, or mark one that is already there as gone on."""
+    @contextmanager
+    def beats(self) -> Iterator[Path]:
+        """A folder for running cells to tell how far they are, which workers on other machines see too."""
+        for left in self.folder.glob("beats-*"):  # by a run that was killed: this one holds the lock
+            shutil.rmtree(left, ignore_errors=True)
+        with _explained(self.path):
+            made = Path(tempfile.mkdtemp(prefix="beats-", dir=self.folder)).absolute()
+        try:
+            yield made
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+
+    def begin(self, digest: str, run: StoredRun, *, measuring: bool) -> None:
+        """Enter a run, or mark one that is already there as asked for again, and as measured here if it will be."""
         row = (
             digest,
             run.study,
@@ -130,11 +153,13 @@ class Store:
             json.dumps(run.environment),
             run.started,
             run.finished,
+            run.asked,
         )
         with self._transaction() as connection:
             connection.execute(
-                "INSERT INTO run VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (digest) DO UPDATE SET "
-                "preset = excluded.preset, environment = excluded.environment",
+                "INSERT INTO run VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (digest) DO UPDATE SET "
+                "preset = excluded.preset, asked = excluded.asked"
+                + (", environment = excluded.environment" if measuring else ""),
                 row,
             )
 
@@ -170,13 +195,20 @@ class Store:
         with self._transaction() as connection:
             connection.executemany("DELETE FROM cell WHERE digest = ?", [(digest,) for digest in digests])
 
-    def runs(self, study: str | None = None) -> list[StoredRun]:
-        """The runs in this folder, newest first; those of one study if named."""
+    def studies(self) -> list[str]:
+        """The names of the studies in this folder."""
         with self._reading() as connection:
-            rows = connection.execute("SELECT * FROM run ORDER BY finished DESC, started DESC").fetchall()
+            return [row["study"] for row in connection.execute("SELECT DISTINCT study FROM run ORDER BY study")]
+
+    def runs(self, study: str | None = None) -> list[StoredRun]:
+        """The runs in this folder, the last asked for first; those of one study if named."""
+        with self._reading() as connection:
+            rows = [dict(row) for row in connection.execute("SELECT * FROM run")]
+            # A file of version 1 that may only be read has no such column.
+            rows.sort(key=lambda row: (row.get("asked", ""), row["finished"], row["started"]), reverse=True)
             return [self._assemble(connection, row) for row in rows if study in (None, row["study"])]
 
-    def _assemble(self, connection: sqlite3.Connection, row: sqlite3.Row) -> StoredRun:
+    def _assemble(self, connection: sqlite3.Connection, row: dict[str, Any]) -> StoredRun:
         arms = tuple(json.loads(row["arms"]))
         cells = connection.execute("SELECT * FROM cell WHERE run = ?", (row["digest"],)).fetchall()
         # The table's order must not depend on the order in which cells happened to finish.
@@ -192,6 +224,7 @@ class Store:
             seeds=tuple(sorted({cell["seed"] for cell in done})),
             started=row["started"],
             finished=row["finished"],
+            asked=row.get("asked") or row["started"],
             seconds=sum(cell["seconds"] for cell in cells),
             environment=json.loads(row["environment"]),
             results=Results(record for cell in done for record in json.loads(cell["records"])),
@@ -204,10 +237,13 @@ class Store:
 
     def _open(self, write: bool) -> sqlite3.Connection:
         if not write and not self.path.exists():
-            raise StoreError(f"no results in {self.folder}; run a study first: etude run all --results {self.folder}")
+            raise self._nothing()
         if not write and not os.access(self.folder, os.W_OK):
-            # WAL writes beside the file even to read it; a folder nobody can write to does not change.
-            location, uri = f"file:{self.path}?immutable=1", True
+            # SQLite writes beside a file in WAL mode even to read it. Where it cannot, the file is taken to be at
+            # rest, unless a killed run left finished cells in the log, which is then read without being merged.
+            log = self.path.with_name(self.path.name + "-wal")
+            mode = "mode=ro" if log.exists() and log.stat().st_size else "immutable=1"
+            location, uri = f"{self.path.absolute().as_uri()}?{mode}", True
         else:
             location, uri = str(self.path), False
         connection = sqlite3.connect(location, uri=uri, isolation_level=None, timeout=30)
@@ -223,17 +259,26 @@ class Store:
     def _prepare(self, connection: sqlite3.Connection, write: bool) -> None:
         version = connection.execute("PRAGMA user_version").fetchone()[0]
         if version > SCHEMA_VERSION:
-            raise StoreError(
+            raise FolderError(
                 f"{self.path} was written by a newer etude (format {version}, this one reads up to "
                 f"{SCHEMA_VERSION}); upgrade etude, or choose another folder with --results"
             )
         if connection.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
             raise sqlite3.DatabaseError("quick_check failed")
-        if write:
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("PRAGMA synchronous = FULL")
+        if version == 0 and connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+            raise FolderError(f"{self.path} is not a file of etude; choose another folder with --results")
+        if not write:
             if version == 0:
-                connection.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+                raise self._nothing()
+            return
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+        if version < SCHEMA_VERSION:
+            change = FROM_VERSION_1 if version == 1 else SCHEMA
+            connection.executescript(f"BEGIN; {change} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+
+    def _nothing(self) -> FolderError:
+        return FolderError(f"no results in {self.folder}; run a study first: etude run all --results {self.folder}")
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -265,14 +310,13 @@ def _lock_folder(folder: Path) -> FileLock:
         lock.acquire(timeout=0)
         (folder / "etude.pid").write_text(str(os.getpid()))
     except Timeout:
-        raise StoreError(
+        raise FolderError(
             f"another run (process {_holder(folder)}) is writing to {folder}; wait for it, or choose another "
             "folder with --results"
         ) from None
-    except OSError as error:
-        raise StoreError(
-            f"cannot write to {folder} ({error.strerror}); choose another folder with --results"
-        ) from error
+    except (OSError, NotImplementedError) as error:  # the latter where a file system has no locks
+        reason = getattr(error, "strerror", None) or str(error)
+        raise FolderError(f"cannot write to {folder} ({reason}); choose another folder with --results") from error
     return lock
 
 
@@ -285,18 +329,21 @@ def _holder(folder: Path) -> str:
 
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """Say what a failing SQLite means for the user's results."""
+    """Say what a failing disk or SQLite means for the user's results."""
     try:
         yield
+    except OSError as error:
+        raise StoreError(f"{path.parent}: {error.strerror}; finished cells are kept") from error
     except sqlite3.OperationalError as error:
         reason = str(error)
-        if "full" in reason:
+        # A disk that is full to the last byte gives an I/O error in place of the right one.
+        if "full" in reason or ("I/O" in reason and shutil.disk_usage(path.parent).free < ROOM):
             reason = "the disk is full; free some room and run again, finished cells are kept"
         elif "readonly" in reason or "unable to open" in reason:
-            reason = "it cannot be written; choose another folder with --results"
+            raise FolderError(f"{path}: it cannot be written; choose another folder with --results") from error
         raise StoreError(f"{path}: {reason}") from error
     except sqlite3.DatabaseError as error:
-        raise StoreError(
+        raise FolderError(
             f"{path} is damaged ({error}); it was left as it is: save what can be read with "
             f"sqlite3 {path.name} .recover, or choose another folder with --results"
         ) from error

@@ -1,11 +1,12 @@
 """A study is a description: paper, configuration, arms, a pure measurement, claims, a figure."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from etude.core.checks import InputError
+from etude.core.checks import InputError, check_at_least, nearest
 from etude.lab.results import Record, Results
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["Claim", "Context", "Paper", "Study"]
 
 PRESETS = ("smoke", "small", "paper")
+SLUG = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,8 @@ class Study:
     """A paper's claims, and everything needed to measure them.
 
     Args:
-        slug: the study's name on the command line; equals its entry point's name.
+        slug: the study's name on the command line and in file names: small letters, digits and single hyphens;
+            equals its entry point's name.
         paper: the publication.
         method: dotted module of the method, e.g. ``"etude.compress.prune"``. Its source, with the study's
             own, is part of every cell's key: change either and the cells are measured anew.
@@ -113,6 +116,15 @@ class Study:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "origin", self.origin or getattr(self.measure, "__module__", ""))
+        if not SLUG.fullmatch(self.slug):
+            raise InputError(
+                f"got {self.slug!r}", where="slug", instead="write small letters, digits and single hyphens"
+            )
+        check_at_least(f"study {self.slug!r}: seeds", self.seeds, 1)
+        self._check_presets()
+        self._check_names()
+
+    def _check_presets(self) -> None:
         if missing := [name for name in PRESETS if name not in self.presets]:
             raise InputError(
                 f"no preset {missing[0]!r}",
@@ -127,6 +139,10 @@ class Study:
                         where=f"preset {name!r}",
                         instead="give an instance of a frozen dataclass",
                     )
+
+    def _check_names(self) -> None:
+        if not self.arms:
+            raise InputError("no arms", where=f"study {self.slug!r}", instead="name the method and its baselines")
         for what, names in (("claim", [claim.id for claim in self.claims]), ("arm", list(self.arms))):
             if repeated := {name for name in names if names.count(name) > 1}:
                 raise InputError(
@@ -134,13 +150,21 @@ class Study:
                     where=f"study {self.slug!r}",
                     instead=f"give each {what} its own name",
                 )
+        # A rule about an arm that does not exist would look for ever like one that was not measured.
+        for claim in self.claims:
+            for arm in claim.rule.arms:
+                if arm not in self.arms:
+                    raise InputError(
+                        f"its rule names the arm {arm!r}",
+                        where=f"study {self.slug!r}, claim {claim.id}",
+                        instead=nearest(arm, self.arms),
+                    )
 
     def data_sets(self, config: Any) -> tuple[str, ...]:
-        """The data sets a configuration names: its field ``dataset`` or, for several, ``datasets``."""
-        names = {entry.name for entry in fields(config)}
-        if "datasets" in names:
+        """The data sets a configuration names: its ``dataset`` or, for several or computed ones, ``datasets``."""
+        if hasattr(config, "datasets"):
             return tuple(config.datasets)
-        return (config.dataset,) if "dataset" in names and config.dataset else ()
+        return (config.dataset,) if getattr(config, "dataset", "") else ()
 
 
 def _is_frozen(config: object) -> bool:

@@ -8,7 +8,9 @@ __getattr__, __dir__, __all__ = attach(
         "conv": ["conv_net", "five_conv_net"],
         "initial": ["initialise"],
         "dense": ["lenet_300_100", "mlp"],
+        "memory": ["MemoryNetwork"],
         "resnet": ["ResNet"],
+        "vgg": ["vgg_19"],
         "transformer": ["Decoder", "VisionTransformer"],
     },
 )

@@ -73,11 +73,12 @@ def five_conv_net(
     *,
     channels: int = 3,
     widths: Sequence[int] = (32, 48, 64, 64, 64),
+    kernels: Sequence[int] = (3, 3, 3, 3, 3),
     pooled: Sequence[int] = (0, 1, 4),
     classes: int = 10,
     norm: bool = False,
 ) -> nn.Sequential:
-    """A chain of 3x3 convolutions with ReLU, as AlexNet's five, for small images; sub-modules ``conv1``...
+    """A chain of convolutions with ReLU, as AlexNet's five, for small images; sub-modules ``conv1``...
 
     Each stage is ``conv1`` (`nn.Sequential` of convolution, batch norm if asked, ReLU), with max pooling by two
     after the stages in ``pooled``; then global average pooling and one linear layer.
@@ -86,6 +87,7 @@ def five_conv_net(
         generator: CPU generator of the initial (He) weights.
         channels: input channels.
         widths: channels a stage.
+        kernels: odd filter sizes, one a stage.
         pooled: indices of stages followed by pooling.
         classes: outputs.
         norm: whether to normalise batches before each ReLU.
@@ -93,10 +95,13 @@ def five_conv_net(
     Shape:
         ``(batch, channels, height, width)`` to ``(batch, classes)``.
     """
+    if len(kernels) != len(widths) or not all(size % 2 for size in kernels):
+        raise InputError(f"got {tuple(kernels)}", where="kernels", instead=f"give {len(widths)} odd sizes")
     network = nn.Sequential()
     for index, (count_in, count_out) in enumerate(pairwise([channels, *widths])):
         between = (nn.BatchNorm2d(count_out),) if norm else ()
-        stage = nn.Sequential(nn.Conv2d(count_in, count_out, 3, padding=1), *between, nn.ReLU())
+        filters = nn.Conv2d(count_in, count_out, kernels[index], padding=kernels[index] // 2)
+        stage = nn.Sequential(filters, *between, nn.ReLU())
         network.add_module(f"conv{index + 1}", stage)
         if index in pooled:
             network.add_module(f"pool{index + 1}", nn.MaxPool2d(2))

@@ -1,15 +1,22 @@
-"""The Lottery Ticket Hypothesis: LeNet-300-100 (or Conv-2/4/6), pruned round by round, against its baselines.
+"""The Lottery Ticket Hypothesis: LeNet-300-100 (or Conv-2/4/6, ResNet-18, VGG-19), pruned round by round.
 
 All arms of a seed share the dense initialisation, the data order and the length of training; the validation set picks
 the early-stopping point afterwards and never influences pruning. Levels are fixed beforehand; the paper quotes
 maxima over levels.
+
+``--set network=conv-2`` (or another of `RECIPES`) takes that network's own settings in the paper, but for those that
+the preset fixes. Records carry ``rate``: deep networks are also trained at a high and at a low learning rate.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
@@ -17,7 +24,7 @@ from etude import data, models
 from etude.compress.prune import Masks, Ticket, lottery_ticket, magnitude_prune, random_masks_like
 from etude.core.params import bare_state
 from etude.core.replicas import Replicas
-from etude.core.training import History, fit
+from etude.core.training import fit
 from etude.core.training import measure as measure_loss
 from etude.lab import (
     Claim,
@@ -38,36 +45,134 @@ TICKET, DENSE, REINIT = "winning ticket", "dense", "random reinitialisation"
 SPARSE, ONE_SHOT, CONTINUED = "random sparsity", "one-shot", "continued training"
 NOISE, STRONG_NOISE, SURVIVORS = "ticket with 0.5 sigma noise", "ticket with 3 sigma noise", "survivors redrawn"
 AT_START = "pruned at initialisation"
+DROPOUT_TICKET, DROPOUT_DENSE = "winning ticket with dropout", "dense with dropout"
 
 COMPARED = (3, 7, 10, 13)
 """Rounds at which the baselines are trained: 51, 21, 11 and 5.5 % of the weights remain."""
 
+LEVELS = dict.fromkeys((NOISE, STRONG_NOISE, SURVIVORS, AT_START), (7,)) | {ONE_SHOT: (3, 5, 7, 10, 13)}
+"""The rounds of arms that are trained at others."""
+
+USUAL, WARM, HIGH, LOW = "usual", "warm-up", "high", "low"
+"""Learning rates: the one at which the paper finds tickets, which for deep networks is the one with warm-up; and for
+these two without."""
+
+FIGURES = ("early_stop", "early_check", "accuracy", "final_accuracy", "train_accuracy", "stopped_inside")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the paper trains and prunes one network (figure 2, appendices G to I).
+
+    Args:
+        dataset: its data.
+        steps: iterations of one training.
+        batch_size: rows an iteration.
+        learning_rate: of Adam or, for a deep network, of SGD.
+        rounds: how often the paper prunes, about.
+        conv_fraction: share of a convolution's weights removed a round.
+        deep: trained by SGD with momentum on augmented images, pruned globally but for the output layer.
+        warmup: share of the training over which the rate rises linearly from 0.
+        drops: shares of the training after which the rate falls to a tenth.
+        dropout_rate: learning rate with dropout; None where the paper has no such variant.
+    """
+
+    dataset: str
+    steps: int
+    batch_size: int
+    learning_rate: float
+    rounds: int = 20
+    conv_fraction: float = 0.2
+    deep: bool = False
+    warmup: float = 0.0
+    drops: tuple[float, ...] = ()
+    dropout_rate: float | None = None
+
+
+RECIPES = {
+    # The paper tries dropout on the convolutional networks only; here LeNet keeps its rate.
+    "lenet": Recipe("mnist", 50_000, 60, 1.2e-3, rounds=25, dropout_rate=1.2e-3),
+    "conv-2": Recipe("cifar10", 20_000, 60, 2e-4, conv_fraction=0.1, dropout_rate=3e-4),
+    "conv-4": Recipe("cifar10", 25_000, 60, 3e-4, conv_fraction=0.1, dropout_rate=2e-4),
+    "conv-6": Recipe("cifar10", 30_000, 60, 3e-4, conv_fraction=0.15, dropout_rate=2e-4),
+    "resnet-18": Recipe("cifar10", 30_000, 128, 0.03, deep=True, warmup=2 / 3, drops=(2 / 3, 5 / 6)),
+    "vgg-19": Recipe("cifar10", 112_000, 64, 0.1, deep=True, warmup=10 / 112, drops=(0.5, 0.75)),
+}
+DEEP_RATES = {HIGH: 0.1, LOW: 0.01}
+
 
 @dataclass(frozen=True)
 class Config:
-    """One size of the experiment; the defaults are the paper's for LeNet (figure 2), but for a subset of MNIST."""
+    """One size of the experiment; what is None or empty is the network's own setting (`RECIPES`)."""
 
-    dataset: str = "mnist"
-    network: str = "lenet"
-    rows: int = 10_000
-    validation_rows: int = 2_000
-    steps: int = 1_500
-    batch_size: int = 60
-    learning_rate: float = 1.2e-3
-    check_every: int = 50
-    rounds: int = 15
+    network: Literal["lenet", "conv-2", "conv-4", "conv-6", "resnet-18", "vgg-19"] = "lenet"
+    dataset: str = ""
+    rows: int | None = None
+    validation_rows: int | None = None
+    steps: int | None = None
+    batch_size: int | None = None
+    learning_rate: float | None = None
+    width: float = 1.0
+    rounds: int | None = None
+    check_every: int = 100
     fraction: float = 0.2
-    conv_fraction: float = 0.1
-    draws: int = 2
+    draws: int = 3
+    dropout_rounds: int | None = None
+    dropout_length: int = 3
+
+    @property
+    def recipe(self) -> Recipe:
+        """The network's own settings, with this configuration's in their place."""
+        names = ("dataset", "steps", "batch_size", "learning_rate", "rounds")
+        chosen = {name: getattr(self, name) for name in names if getattr(self, name)}
+        if self.learning_rate and RECIPES[self.network].dropout_rate:
+            chosen["dropout_rate"] = self.learning_rate
+        return replace(RECIPES[self.network], **chosen)
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        """The data that are needed."""
+        return (self.recipe.dataset,)
 
 
 PRESETS = {
-    "smoke": Config("digits", rows=600, validation_rows=200, steps=30, check_every=15, rounds=13, draws=1),
-    "small": (
-        Config(),
-        Config("digits", rows=1200, validation_rows=200, steps=400, check_every=10, rounds=13),
+    "smoke": Config(
+        dataset="digits",
+        rows=600,
+        validation_rows=200,
+        steps=30,
+        check_every=15,
+        rounds=13,
+        draws=1,
+        dropout_rounds=7,
+        dropout_length=1,
     ),
-    "paper": Config(rows=55_000, validation_rows=5_000, steps=50_000, check_every=100, rounds=25, draws=3),
+    "small": (
+        Config(
+            dataset="mnist",
+            rows=10_000,
+            validation_rows=2_000,
+            steps=2_500,
+            check_every=50,
+            rounds=15,
+            draws=2,
+            dropout_rounds=7,
+            dropout_length=1,
+        ),
+        Config(
+            # Of all 1200 rows the validation loss has no clear minimum within a training that is short enough.
+            dataset="digits",
+            rows=400,
+            steps=500,
+            learning_rate=4e-3,
+            check_every=10,
+            rounds=13,
+            draws=2,
+            dropout_rounds=7,
+            dropout_length=1,
+        ),
+    ),
+    "paper": Config(),
 }
 
 
@@ -76,21 +181,52 @@ def level(round_: int) -> float:
     return round(0.8**round_, 4)
 
 
+def at(round_: int, rate: str = USUAL) -> dict[str, object]:
+    """The coordinates of one level of sparsity."""
+    return {"remaining": level(round_), "rate": rate}
+
+
 @dataclass(frozen=True)
 class Experiment:
-    """What all arms of one seed share: the data, the initialisation and the training recipe."""
+    """What the trainings of one seed share: the data, the initialisation and the recipe."""
 
     config: Config
     seed: int
     device: torch.device
+    rate: str = USUAL
+    dropout: bool = False
+
+    @property
+    def steps(self) -> int:
+        """Iterations of one training."""
+        return self.config.recipe.steps * (self.config.dropout_length if self.dropout else 1)
+
+    @property
+    def rounds(self) -> int:
+        """How often the search prunes."""
+        return (self.config.dropout_rounds if self.dropout else None) or self.config.recipe.rounds
+
+    @property
+    def stacks(self) -> bool:
+        """Whether several networks train faster as one: where calls, not arithmetic, take the time."""
+        small = self.device.type != "cpu" or self.splits()[0].inputs[0].numel() < 100
+        return self.config.network == "lenet" and small
 
     def network(self, generator: torch.Generator) -> nn.Module:
         """A network at a fresh initialisation."""
-        if self.config.network == "lenet":
-            inputs = self.splits()[0].inputs[0].numel()
-            return models.lenet_300_100(generator, inputs=inputs).to(self.device)
+        name, width = self.config.network, self.config.width
         _, channels, size, _ = self.splits()[0].inputs.shape
-        return models.conv_net(self.config.network, generator, channels=channels, size=size).to(self.device)
+        network: nn.Module
+        if name == "lenet":
+            network = models.lenet_300_100(generator, inputs=channels * size**2)
+        elif name == "vgg-19":
+            network = models.vgg_19(generator, channels=channels, width=width)
+        elif name == "resnet-18":  # the paper's name for the 20-layer network of He et al.
+            network = models.initialise(models.ResNet(20, generator), "glorot", generator)
+        else:
+            hidden = round(256 * width)
+            network = models.conv_net(name, generator, channels=channels, size=size, hidden=hidden, width=width)
+        return (_with_dropout(network) if self.dropout else network).to(self.device)
 
     def initial(self) -> nn.Module:
         """The dense network of this seed at its initialisation."""
@@ -102,56 +238,152 @@ class Experiment:
 
     def splits(self) -> tuple[data.Split, data.Split, data.Split]:
         """Training, validation and test rows."""
-        found = data.load(self.config.dataset)
-        train = found.train.take(min(self.config.rows, len(found.train)))
-        validation = found.validation.take(min(self.config.validation_rows, len(found.validation)))
-        return train.to(self.device), validation.to(self.device), found.test.to(self.device)
+        found = data.load(self.config.recipe.dataset)
+        train = found.train.take(min(self.config.rows or len(found.train), len(found.train)))
+        count = min(self.config.validation_rows or len(found.validation), len(found.validation))
+        return train.to(self.device), found.validation.take(count).to(self.device), found.test.to(self.device)
 
-    def train(self, network: nn.Module) -> tuple[History, Tensor]:
-        """Train in place; the checks' history and the final training accuracy."""
+    def train(self, network: nn.Module, tell: Callable[[float], None] = lambda share: None) -> Tensor:
+        """Train in place; the metrics `FIGURES`, a row for each replica.
+
+        Early stopping is read off afterwards: training always runs to its end, and the weights that had the lowest
+        validation loss are measured then.
+        """
         train, validation, test = self.splits()
-        history = fit(
+        recipe, augmentation = self.config.recipe, self.generator(2)
+        best = _Best(network)
+
+        def on_check(step: int, found: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+            best.see(step, found["validation"][0])
+            tell(step / self.steps)
+
+        torch.manual_seed(1_000_003 * 3 + self.seed)  # dropout draws from the global generator
+        fit(
             network,
             train.inputs,
             train.targets,
-            optimizer=partial(torch.optim.Adam, lr=self.config.learning_rate, fused=True),
-            steps=self.config.steps,
-            batch_size=self.config.batch_size,
+            optimizer=self._optimizer,
+            steps=self.steps,
+            batch_size=recipe.batch_size,
             generator=self.generator(1),
-            checks={
-                "validation": (validation.inputs, validation.targets),
-                "test": (test.inputs, test.targets),
-            },
+            scheduler=partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=self._rate_factor) if recipe.deep else None,
+            augment=partial(_flip_and_crop, generator=augmentation) if recipe.deep else None,
+            checks={"validation": (validation.inputs, validation.targets)},
             check_every=self.config.check_every,
+            on_check=on_check,
         )
-        return history, measure_loss(network, train.inputs, train.targets)[1]
+        figures = {
+            "early_stop": best.step,
+            "early_check": best.step / self.config.check_every,
+            "accuracy": measure_loss(best.network(), test.inputs, test.targets)[1],
+            "final_accuracy": measure_loss(network, test.inputs, test.targets)[1],
+            "train_accuracy": measure_loss(network, train.inputs, train.targets)[1],
+            "stopped_inside": best.step < self.steps,
+        }
+        return torch.stack([figures[name].double().reshape(-1) for name in FIGURES], 1)
+
+    def _optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        recipe = self.config.recipe
+        if not recipe.deep:
+            rate = recipe.dropout_rate if self.dropout and recipe.dropout_rate else recipe.learning_rate
+            return torch.optim.Adam(parameters, lr=rate, fused=True)
+        rate = DEEP_RATES.get(self.rate, recipe.learning_rate)
+        return torch.optim.SGD(parameters, lr=rate, momentum=0.9, weight_decay=1e-4, fused=True)
+
+    def _rate_factor(self, step: int) -> float:
+        """The learning rate at a step, as a share of the highest."""
+        recipe = self.config.recipe
+        rising = recipe.warmup * self.steps if self.rate == USUAL else 0.0
+        fallen = sum(step >= share * self.steps for share in recipe.drops)
+        return min(1.0, (step + 1) / max(rising, 1.0)) * 0.1**fallen
 
     def prune_settings(self, network: nn.Module) -> dict[str, object]:
-        """The paper's layer-wise rates: convolutions at their own, the output layer at half."""
+        """The paper's rates: deep networks globally, others by layer, convolutions at a rate of their own."""
+        if self.config.recipe.deep:
+            return {"fraction": self.config.fraction, "scope": "global"}
         filters = [name for name, value in network.named_parameters() if value.dim() == 4]
-        return {"fraction": self.config.fraction, "rates": dict.fromkeys(filters, self.config.conv_fraction)}
+        return {"fraction": self.config.fraction, "rates": dict.fromkeys(filters, self.config.recipe.conv_fraction)}
+
+
+class _Best:
+    """The weights at the lowest validation loss so far, of each replica by itself."""
+
+    def __init__(self, network: nn.Module):
+        self._network = network
+        self._lowest = torch.tensor(torch.inf)
+        self._state: dict[str, Tensor] = {name: value.clone() for name, value in network.state_dict().items()}
+        self.step = torch.tensor(0)
+
+    def see(self, step: int, loss: Tensor) -> None:
+        """Take note of a check: a loss, ``()`` or one for each replica."""
+        lower = loss < self._lowest
+        self._lowest = torch.where(lower, loss, self._lowest)
+        self.step = torch.where(lower, step, self.step)
+        if lower.any():
+            for name, value in self._network.state_dict().items():
+                chosen = lower.to(value.device).reshape(lower.shape + (1,) * (value.dim() - lower.dim()))
+                self._state[name] = torch.where(chosen, value, self._state[name])
+
+    def network(self) -> nn.Module:
+        """A copy of the network as it was then."""
+        network = copy.deepcopy(self._network)
+        network.load_state_dict(self._state)
+        return network
+
+
+def _with_dropout(network: nn.Module) -> nn.Module:
+    """A chain of layers with half of each fully connected hidden layer's units dropped in training."""
+    layers: list[nn.Module] = []
+    for before, layer in pairwise([nn.Identity(), *network.children()]):
+        layers.append(layer)
+        if isinstance(before, nn.Linear) and isinstance(layer, nn.ReLU):
+            layers.append(nn.Dropout(0.5))
+    return nn.Sequential(*layers)
+
+
+def _flip_and_crop(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image mirrored or not, and cut out of itself with four pixels of zeros around it."""
+    count, _, height, width = images.shape
+    padded = F.pad(images, (4, 4, 4, 4))
+    top, left = torch.randint(9, (2, count, 1), generator=generator)
+    mirrored = torch.rand(count, 1, generator=generator) < 0.5
+    rows, columns = top + torch.arange(height), left + torch.arange(width)
+    columns = torch.where(mirrored, columns.flip(1), columns)
+    index = torch.arange(count)[:, None, None], slice(None), rows[:, :, None], columns[:, None, :]
+    return padded[index].permute(0, 3, 1, 2)
 
 
 def measure(config: Config, arm: str, seed: int, context: Context) -> list[Record]:
     """Train one arm at its levels of sparsity."""
-    experiment = Experiment(config, seed, context.device)
-    found = context.artifact("tickets", lambda: _search(experiment, "reset", context))
-    rounds = range(config.rounds + 1)
-    if arm == DENSE:
-        return [{"remaining": level(n), **_summary(found, 0)} for n in rounds]
-    if arm == TICKET:
-        return [{"remaining": level(n), **_summary(found, n)} | _movement(experiment, found, n) for n in rounds]
-    tickets = {n: _ticket(experiment, found, n) for n in COMPARED}
-    if arm == CONTINUED:
-        return _continued(experiment, tickets, context)
-    if arm in (NOISE, STRONG_NOISE, SURVIVORS, AT_START):
-        tickets = {7: tickets[7]}
+    dropout = arm in (DROPOUT_TICKET, DROPOUT_DENSE)
+    if dropout and config.recipe.dropout_rate is None:
+        return []
+    rates = (USUAL, *DEEP_RATES) if config.recipe.deep and arm in (TICKET, DENSE, REINIT) else (USUAL,)
     records: list[Record] = []
-    for position, (n, ticket) in enumerate(tickets.items()):
-        networks = _start(experiment, arm, n, ticket)
-        records += _trained(experiment, networks, n)
-        context.progress((position + 1) / len(tickets), accuracy=records[-1]["accuracy"])
+    for rate in rates:
+        experiment = Experiment(config, seed, context.device, rate, dropout)
+        found = context.artifact(_artifact(experiment), partial(_search, experiment, "reset", context))
+        # C9 asks for a deep network's usual rate by the name that shallow networks do not have.
+        names = (USUAL, WARM) if config.recipe.deep and rate == USUAL else (rate,)
+        records += [{"rate": n, **record} for record in _records(experiment, arm, found, context) for n in names]
     return records
+
+
+def _artifact(experiment: Experiment) -> str:
+    return "tickets-dropout" if experiment.dropout else f"tickets-{experiment.rate}"
+
+
+def _records(experiment: Experiment, arm: str, found: Mapping[str, Tensor], context: Context) -> list[Record]:
+    rounds = range(experiment.rounds + 1)
+    if arm in (DENSE, DROPOUT_DENSE):
+        return [{"remaining": level(n), **_summary(found, 0)} for n in rounds]
+    if arm in (TICKET, DROPOUT_TICKET):
+        return [{"remaining": level(n), **_summary(found, n), **_anatomy(experiment, found, n)} for n in rounds]
+    if arm == CONTINUED:
+        return _continued(experiment, context)
+    levels = LEVELS.get(arm, COMPARED)
+    networks = {n: _start(experiment, arm, n, _ticket(experiment, found, n)) for n in levels if n in rounds}
+    return _trained(experiment, networks, context)
 
 
 def _start(experiment: Experiment, arm: str, n: int, ticket: Ticket) -> list[nn.Module]:
@@ -178,98 +410,91 @@ def _at_once(weights: Mapping[str, Tensor], like: Masks) -> Masks:
     return magnitude_prune(weights, every, 0.5, rates=shares)
 
 
-def _continued(experiment: Experiment, tickets: Mapping[int, Ticket], context: Context) -> list[Record]:
+def _continued(experiment: Experiment, context: Context) -> list[Record]:
     """Strategy 2: its own search, and what its masks reach when they are reset at last."""
-    found = _search(experiment, "continue", context)
-    records: list[Record] = []
-    for n in tickets:
-        network = _masks(found, n).apply(experiment.initial())
-        tuned = {"tuned_accuracy": float(found[f"history/{n}"][-1, 2])}
-        records += [record | tuned for record in _trained(experiment, [network], n)]
-    return records
+    found = _search(experiment, "continue", context, COMPARED[-1])
+    levels = [n for n in COMPARED if n <= experiment.rounds]
+    records = _trained(experiment, {n: [_masks(found, n).apply(experiment.initial())] for n in levels}, context)
+    tuned = [float(found[f"figures/{n}"][FIGURES.index("final_accuracy")]) for n in levels]
+    return [{**record, "tuned_accuracy": accuracy} for record, accuracy in zip(records, tuned, strict=True)]
 
 
-def _trained(experiment: Experiment, networks: list[nn.Module], n: int) -> list[dict[str, float]]:
-    """Train the networks of one level, several as one stack; a record for each."""
-    stacked = Replicas(networks) if len(networks) > 1 else networks[0]
-    history, train_accuracy = experiment.train(stacked)
-    tables = _tables(history)
-    accuracies = train_accuracy.reshape(-1)
-    return [
-        {"remaining": level(n), **_figures(table, float(accuracy))}
-        for table, accuracy in zip(tables, accuracies, strict=True)
-    ]
+def _trained(experiment: Experiment, networks: Mapping[int, list[nn.Module]], context: Context) -> list[Record]:
+    """Train the networks of every level; a record for each."""
+    flat = [network for each in networks.values() for network in each]
+    rounds = [n for n, each in networks.items() for _ in each]
+    rows: list[Tensor] = []
+    batches = [Replicas(flat)] if experiment.stacks and len(flat) > 1 else flat
+    for index, network in enumerate(batches):
+        rows += experiment.train(network, partial(_tell, context, index, len(batches)))
+    return [{"remaining": level(n), **_metrics(row)} for n, row in zip(rounds, rows, strict=True)]
 
 
-def _search(experiment: Experiment, strategy: str, context: Context) -> dict[str, Tensor]:
-    """Iterative pruning, as tensors: masks and history of every round, and the dense network's trained weights."""
+def _search(experiment: Experiment, strategy: str, context: Context, rounds: int | None = None) -> dict[str, Tensor]:
+    """Iterative pruning, as tensors: masks and metrics of every round, and the dense network's trained weights."""
     found: dict[str, Tensor] = {}
+    last = min(rounds or experiment.rounds, experiment.rounds)
+
+    def train(network: nn.Module) -> Tensor:
+        done = sum(name.startswith("figures/") for name in found)
+        return experiment.train(network, partial(_tell, context, done, last + 1))[0]
 
     def keep(ticket: Ticket) -> None:
-        history, train_accuracy = ticket.metrics
-        found[f"history/{ticket.round}"] = _tables(history)[0]
-        found[f"train_accuracy/{ticket.round}"] = train_accuracy
+        found[f"figures/{ticket.round}"] = ticket.metrics
         found.update({f"mask/{ticket.round}/{name}": mask for name, mask in ticket.masks.items()})
         if ticket.round == 0:
             found.update({f"trained/{name}": value for name, value in ticket.trained.items()})
-        share = (ticket.round + 1) / (experiment.config.rounds + 1)
-        context.progress(share, accuracy=float(history.accuracy["test"][-1]))
 
     network = experiment.initial()
     settings = experiment.prune_settings(network)
-    lottery_ticket(
-        network,
-        experiment.train,
-        rounds=experiment.config.rounds,
-        strategy=strategy,
-        on_round=keep,
-        **settings,  # type: ignore[arg-type]
-    )
+    lottery_ticket(network, train, rounds=last, strategy=strategy, on_round=keep, **settings)  # type: ignore[arg-type]
     return found
 
 
-def _tables(history: History) -> list[Tensor]:
-    """A table for each trained network: step, validation loss, test accuracy, a row a check."""
-    steps = history.steps.float()
-    loss = history.loss["validation"].reshape(len(steps), -1)
-    accuracy = history.accuracy["test"].reshape(len(steps), -1)
-    return [torch.stack([steps, loss[:, r], accuracy[:, r]], 1) for r in range(loss.shape[1])]
+def _tell(context: Context, done: int, trainings: int, share: float) -> None:
+    context.progress((done + share) / trainings)
 
 
-def _figures(table: Tensor, train_accuracy: float) -> dict[str, float]:
-    """The metrics of one training: early stopping is read off afterwards, from the validation loss."""
-    best = int(table[:, 1].argmin())
-    return {
-        "early_stop": float(table[best, 0]),
-        "accuracy": float(table[best, 2]),
-        "final_accuracy": float(table[-1, 2]),
-        "train_accuracy": train_accuracy,
-        "gap": train_accuracy - float(table[-1, 2]),
-        "stopped_inside": float(best < len(table) - 1),
-    }
+def _metrics(row: Tensor) -> dict[str, float]:
+    """The metrics of one training; the gap between training and test accuracy is that at the end."""
+    figures = dict(zip(FIGURES, row.tolist(), strict=True))
+    return figures | {"gap": figures["train_accuracy"] - figures["final_accuracy"]}
 
 
 def _summary(found: Mapping[str, Tensor], n: int) -> dict[str, float]:
-    masks = _masks(found, n)
-    figures = _figures(found[f"history/{n}"], float(found[f"train_accuracy/{n}"]))
-    return figures | {"weights": masks.remaining, "tuned_accuracy": figures["final_accuracy"]}
+    figures = _metrics(found[f"figures/{n}"])
+    return figures | {"weights": _masks(found, n).remaining, "tuned_accuracy": figures["final_accuracy"]}
 
 
-def _movement(experiment: Experiment, found: Mapping[str, Tensor], n: int) -> dict[str, float]:
-    """In the dense training: how much further the weights of the n-th ticket moved than the others (F.5)."""
-    if not n > 0:
+def _anatomy(experiment: Experiment, found: Mapping[str, Tensor], n: int) -> dict[str, float]:
+    """What sets the weights of the n-th ticket apart in the dense network and its training (appendix F).
+
+    How much further than the others they move, how far away from zero (F.5), whether the last pruned layer's initial
+    values have two modes (F.2), and how many inputs of the first layer are left without a connection (F.6).
+    """
+    dense, masks = _ticket(experiment, found, 0), _ticket(experiment, found, n).masks
+    pruned = [name for name, mask in masks.items() if not mask.all()]
+    if not pruned:
         return {}
-    initial = bare_state(experiment.initial())
-    inside, outside, outward = [], [], []
-    for name, mask in _masks(found, n).items():
-        moved = (found[f"trained/{name}"] - initial[name]).abs()
-        inside.append(moved[mask])
-        outside.append(moved[~mask])
-        outward.append((found[f"trained/{name}"].abs() - initial[name].abs())[mask])
+    moved, outward = zip(*(dense.movement(name) for name in pruned), strict=True)
+    inside = torch.cat([value[masks[name]] for name, value in zip(pruned, moved, strict=True)])
+    outside = torch.cat([value[~masks[name]] for name, value in zip(pruned, moved, strict=True)])
+    away = torch.cat([value[masks[name]] for name, value in zip(pruned, outward, strict=True)])
+    inputs, _ = masks.degrees(experiment.initial(), pruned[0])
     return {
-        "movement_ratio": float(torch.cat(inside).mean() / torch.cat(outside).mean()),
-        "outward": float(torch.cat(outward).mean()),
+        "movement_ratio": float(inside.mean() / outside.mean()),
+        "outward": float(away.mean()),
+        "bimodality": _bimodality(dense.initial[pruned[-1]][masks[pruned[-1]]]),
+        "idle_inputs": float((inputs == 0).float().mean()),
     }
+
+
+def _bimodality(values: Tensor) -> float:
+    """Sarle's coefficient: 1/3 for a Gaussian, 5/9 for a uniform distribution, up to 1 for two separate modes."""
+    centred = values - values.mean()
+    spread = centred.square().mean()
+    skewness, kurtosis = centred.pow(3).mean() / spread**1.5, centred.pow(4).mean() / spread**2
+    return float((skewness**2 + 1) / kurtosis)
 
 
 def _masks(found: Mapping[str, Tensor], n: int) -> Masks:
@@ -298,11 +523,10 @@ def figure(results: Results) -> Figure:
     drawing = Figure(figsize=(9, 3.8), layout="constrained")
     left, right = drawing.subplots(1, 2)
     arms = (TICKET, REINIT, SPARSE, ONE_SHOT, CONTINUED)
-    for index, arm in enumerate(arms):
-        for axes, metric in ((left, "early_stop"), (right, "accuracy")):
-            _curve(axes, results, arm, metric, f"C{index}", "o-" if arm == TICKET else "s--")
     for axes, metric in ((left, "early_stop"), (right, "accuracy")):
-        dense = results.by_seed(metric, DENSE, {"remaining": 1.0}).values()
+        for index, arm in enumerate(arms):
+            _curve(axes, results, arm, metric, f"C{index}", "o-" if arm == TICKET else "s--")
+        dense = results.by_seed(metric, DENSE, at(0)).values()
         axes.axhline(bootstrap_mean(list(dense)).mean, color="0.5", linewidth=1, linestyle=":", label=DENSE)
         axes.set_xscale("log")
         axes.invert_xaxis()
@@ -317,16 +541,14 @@ def figure(results: Results) -> Figure:
 
 def _curve(axes: object, results: Results, arm: str, metric: str, colour: str, style: str) -> None:
     levels: Iterable[float] = results.coordinates("remaining", arm)
-    points = [(x, bootstrap_mean(list(results.by_seed(metric, arm, {"remaining": x}).values()))) for x in levels]
+    found = [(x, list(results.by_seed(metric, arm, {"remaining": x, "rate": USUAL}).values())) for x in levels]
+    points = [(x, bootstrap_mean(values)) for x, values in found]
     x, means = [p[0] for p in points], [p[1].mean for p in points]
     axes.plot(x, means, style, color=colour, markersize=3, linewidth=1.2, label=arm)  # type: ignore[attr-defined]
     if all(p[1].high < float("inf") for p in points):
         low, high = [p[1].low for p in points], [p[1].high for p in points]
         axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)  # type: ignore[attr-defined]
 
-
-AT_21, AT_17, AT_13 = {"remaining": level(7)}, {"remaining": level(8)}, {"remaining": level(9)}
-AT_11, AT_9, AT_5 = {"remaining": level(10)}, {"remaining": level(11)}, {"remaining": level(13)}
 
 study = Study(
     slug="lottery-ticket",
@@ -339,7 +561,20 @@ study = Study(
     ),
     method="etude.compress.prune",
     presets=PRESETS,
-    arms=(TICKET, DENSE, REINIT, SPARSE, ONE_SHOT, CONTINUED, NOISE, STRONG_NOISE, SURVIVORS, AT_START),
+    arms=(
+        TICKET,
+        DENSE,
+        REINIT,
+        SPARSE,
+        ONE_SHOT,
+        CONTINUED,
+        NOISE,
+        STRONG_NOISE,
+        SURVIVORS,
+        AT_START,
+        DROPOUT_TICKET,
+        DROPOUT_DENSE,
+    ),
     measure=measure,
     claims=(
         Claim(
@@ -348,68 +583,104 @@ study = Study(
             "in no more iterations.",
             paper="Fig. 4a: LeNet matches the dense network down to 3.6 % of its weights",
             rule=all_of(
-                no_worse(TICKET, than=DENSE, metric="accuracy", margin=0.003, where=AT_17),
-                no_worse(TICKET, than=DENSE, metric="early_stop", margin=50, where=AT_17, lower=True),
+                no_worse(TICKET, than=DENSE, metric="accuracy", margin=0.003, where=at(8)),
+                no_worse(TICKET, than=DENSE, metric="early_check", margin=1, where=at(8), lower=True),
             ),
         ),
         Claim(
             "C2",
             "Winning tickets learn faster than the dense network.",
             paper="Fig. 4a: early stopping 38 % earlier at 21 % of the weights",
-            rule=ratio_at_least(DENSE, than=TICKET, metric="early_stop", factor=1.0, where=AT_21),
+            rule=ratio_at_least(DENSE, than=TICKET, metric="early_stop", factor=1.0, where=at(7)),
         ),
         Claim(
             "C3",
             "Winning tickets reach higher test accuracy than the dense network.",
             paper="Fig. 4a: more than 0.3 points at 13.5 % of the weights",
-            rule=better(TICKET, than=DENSE, metric="accuracy", where=AT_13),
+            rule=better(TICKET, than=DENSE, metric="accuracy", where=at(9)),
         ),
         Claim(
             "C4",
             "It is the initialisation, not the mask alone: reinitialised tickets learn slower and end less accurate.",
             paper="Fig. 4a: at 21 % the ticket is 2.51 times as fast and half a point more accurate",
             rule=all_of(
-                better(TICKET, than=REINIT, metric="accuracy", where=AT_21),
-                better(TICKET, than=REINIT, metric="accuracy", where=AT_11),
-                ratio_at_least(REINIT, than=TICKET, metric="early_stop", where=AT_21),
-                ratio_at_least(REINIT, than=TICKET, metric="early_stop", where=AT_11),
+                better(TICKET, than=REINIT, metric="accuracy", where=at(7)),
+                better(TICKET, than=REINIT, metric="accuracy", where=at(10)),
+                ratio_at_least(REINIT, than=TICKET, metric="early_stop", where=at(7)),
+                ratio_at_least(REINIT, than=TICKET, metric="early_stop", where=at(10)),
             ),
         ),
         Claim(
             "C5",
             "Iterative pruning finds better small tickets than one-shot pruning.",
             paper="Fig. 4c: one-shot keeps up to 17.6 % (speed) and 5.2 % (accuracy) of the weights",
-            rule=better(TICKET, than=ONE_SHOT, metric="accuracy", where=AT_5),
+            rule=better(TICKET, than=ONE_SHOT, metric="accuracy", where=at(13)),
+        ),
+        Claim(
+            "C5b",
+            "One-shot pruning finds winning tickets too, at larger sizes.",
+            paper="Fig. 4c: faster than the dense network from 67.5 to 17.6 % of the weights, as accurate to 5.2 %",
+            rule=all_of(
+                no_worse(ONE_SHOT, than=DENSE, metric="accuracy", margin=0.003, where=at(3)),
+                ratio_at_least(DENSE, than=ONE_SHOT, metric="early_stop", where=at(3)),
+            ),
         ),
         Claim(
             "C6",
             "Pruning after training removes over 90 % of the weights without harming accuracy.",
             paper="Introduction (premise)",
-            rule=no_worse(CONTINUED, than=DENSE, metric="tuned_accuracy", margin=0.003, where={"remaining": level(10)}),
+            rule=no_worse(CONTINUED, than=DENSE, metric="tuned_accuracy", margin=0.003, where=at(10)),
             note="Measured at 10.7 % of the weights, the level nearest to 90 % removed at which the arm is trained.",
         ),
         Claim(
             "C7",
             "The gap between training and test accuracy is smaller for winning tickets.",
             paper="Fig. 4b: training accuracy about 100 % for all, test accuracy up to 0.35 points higher",
-            rule=better(TICKET, than=DENSE, metric="gap", where=AT_13, lower=True),
+            rule=all_of(
+                no_worse(TICKET, than=DENSE, metric="train_accuracy", margin=0.003, where=at(9)),
+                better(TICKET, than=DENSE, metric="gap", where=at(9), lower=True),
+            ),
+        ),
+        Claim(
+            "C8",
+            "Dropout and pruning help each other: dropout makes the dense network more accurate, and tickets found "
+            "with dropout more accurate still.",
+            paper="Fig. 6: dropout gains 2.1, 3.0, 2.4 points on Conv-2, 4, 6, and pruning another 2.3, 4.6, 4.7",
+            rule=all_of(
+                better(DROPOUT_DENSE, than=DENSE, metric="accuracy", where=at(7)),
+                better(DROPOUT_TICKET, than=DROPOUT_DENSE, metric="accuracy", where=at(7)),
+            ),
+            note="The paper shows it for Conv-2, 4 and 6 on CIFAR-10 only.",
+        ),
+        Claim(
+            "C9",
+            "Deep networks have winning tickets at a low learning rate or with warm-up, and none at a high rate.",
+            paper="Fig. 7, 8: VGG-19 and ResNet-18, none at 0.1; at 0.01 or with warm-up down to 1.5 and 11.8 %",
+            rule=all_of(
+                better(TICKET, than=REINIT, metric="accuracy", where=at(7, LOW)),
+                better(TICKET, than=REINIT, metric="accuracy", where=at(7, WARM)),
+                no_worse(REINIT, than=TICKET, metric="accuracy", margin=0.003, where=at(7, HIGH)),
+            ),
+            note="Measured where network is resnet-18 or vgg-19.",
         ),
         Claim(
             "C10",
             "Resetting each round beats continued training, and random sparsity is no better than reinitialisation.",
             paper="Fig. 9, 10, 14",
             rule=all_of(
-                better(TICKET, than=CONTINUED, metric="accuracy", where=AT_5),
-                no_worse(REINIT, than=SPARSE, metric="accuracy", margin=0.003, where=AT_11),
+                better(TICKET, than=CONTINUED, metric="accuracy", where=at(13)),
+                no_worse(REINIT, than=SPARSE, metric="accuracy", margin=0.003, where=at(10)),
             ),
         ),
         Claim(
             "C11",
-            "In the dense training, the weights of the ticket move further than the others, and away from zero.",
+            "In the dense training, the weights of the ticket move further than the others, and away from zero; in the "
+            "last layer their initial values have two modes.",
             paper="Fig. 15-20",
             rule=all_of(
-                at_least(TICKET, metric="movement_ratio", value=1.0, where=AT_21),
-                at_least(TICKET, metric="outward", value=0.0, where=AT_21),
+                at_least(TICKET, metric="movement_ratio", value=1.0, where=at(7)),
+                at_least(TICKET, metric="outward", value=0.0, where=at(7)),
+                at_least(TICKET, metric="bimodality", value=5 / 9, where=at(10)),
             ),
         ),
         Claim(
@@ -418,10 +689,10 @@ study = Study(
             "survivors' values, or pruning at initialisation, does not find tickets.",
             paper="Fig. 17, 18, 25",
             rule=all_of(
-                no_worse(NOISE, than=TICKET, metric="accuracy", margin=0.003, where=AT_21),
-                better(STRONG_NOISE, than=REINIT, metric="accuracy", where=AT_21),
-                better(TICKET, than=SURVIVORS, metric="accuracy", where=AT_21),
-                better(TICKET, than=AT_START, metric="accuracy", where=AT_21),
+                no_worse(NOISE, than=TICKET, metric="accuracy", margin=0.003, where=at(7)),
+                better(STRONG_NOISE, than=REINIT, metric="accuracy", where=at(7)),
+                better(TICKET, than=SURVIVORS, metric="accuracy", where=at(7)),
+                better(TICKET, than=AT_START, metric="accuracy", where=at(7)),
             ),
         ),
     ),

@@ -1,8 +1,9 @@
 """Write the report: a page for all papers, a page a paper, and the same as Markdown, JSON and CSV."""
 
 import json
-from collections import Counter
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,19 +11,25 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup
 
+from etude.core.checks import InputError
+from etude.lab import wording
 from etude.lab.engine import Judgement, judge
 from etude.lab.export import write_table
 from etude.lab.report.drawing import figure_svg, interval_svg
-from etude.lab.results import Results
+from etude.lab.report.measurements import Measurements, tabulate
 from etude.lab.rules import Finding
-from etude.lab.statistics import Verdict, bootstrap_mean
+from etude.lab.statistics import FEWEST_SEEDS, Verdict
 from etude.lab.store import Store, StoredRun
-from etude.lab.study import Study
+from etude.lab.study import PRESETS, SLUG, Study
 
 __all__ = ["build"]
 
-SYMBOLS = {Verdict.REPRODUCED: "✓", Verdict.NOT_REPRODUCED: "✗", Verdict.INCONCLUSIVE: "~"}
-CLASSES = {Verdict.REPRODUCED: "yes", Verdict.NOT_REPRODUCED: "no", Verdict.INCONCLUSIVE: "open"}
+SHOWN = {
+    Verdict.REPRODUCED: ("yes", "✓"),
+    Verdict.NOT_REPRODUCED: ("no", "✗"),
+    Verdict.INCONCLUSIVE: ("open", "~"),
+}
+UNJUDGED, UNMEASURED = "not judged", "not measured"
 
 
 @dataclass(frozen=True)
@@ -30,18 +37,22 @@ class Page:
     """What a paper's page shows.
 
     Args:
-        run: the run it is about: the newest of the highest preset.
+        run: the run it is about.
+        others: the study's other runs in the folder.
         study: the study, if it is still installed.
         judgements: its claims, decided.
         figure: the paper's figure as SVG; empty if it cannot be drawn.
+        trouble: why the figure cannot be drawn; empty if it can.
         measurements: rows of arm, coordinates, and intervals of each metric.
     """
 
     run: StoredRun
+    others: tuple[StoredRun, ...]
     study: Study | None
     judgements: tuple[Judgement, ...]
     figure: Markup
-    measurements: "Measurements"
+    trouble: str
+    measurements: Measurements
 
     @property
     def title(self) -> str:
@@ -55,27 +66,31 @@ class Page:
 
     def verdict(self, finding: Finding) -> str:
         """The verdict in words."""
-        return "not judged" if self.smoke else str(finding.verdict)
+        if finding.seeds == 0:
+            return UNMEASURED
+        return UNJUDGED if self.smoke else str(finding.verdict)
+
+    def kind(self, finding: Finding) -> tuple[str, str]:
+        """The verdict as a style and a symbol, so that it does not rest on colour alone."""
+        return ("none", "–") if self.smoke or finding.seeds == 0 else SHOWN[finding.verdict]
 
     def badge(self, finding: Finding) -> Markup:
-        """The verdict as a badge that does not rest on colour alone."""
-        kind, symbol = ("open", "–") if self.smoke else (CLASSES[finding.verdict], SYMBOLS[finding.verdict])
+        """The verdict with its symbol."""
+        kind, symbol = self.kind(finding)
         return Markup('<span class="badge {}"><span aria-hidden="true">{}</span> {}</span>').format(
             kind, symbol, self.verdict(finding)
         )
 
-
-@dataclass(frozen=True)
-class Measurements:
-    """A table of means with their intervals: a row for each arm and coordinate."""
-
-    coordinates: tuple[str, ...]
-    metrics: tuple[str, ...]
-    rows: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...]
+    def changes(self, other: StoredRun) -> str:
+        """In what the configuration of another run differs."""
+        names = [name for name in other.config if other.config[name] != self.run.config.get(name)]
+        return ", ".join(f"{name} {other.config[name]}" for name in names)
 
 
 def build(folder: Path, studies: Mapping[str, Study], output: Path | None = None) -> Path:
     """Write the report of a results folder.
+
+    Each study is shown by the run last asked for at the highest preset that has enough seeds for a verdict.
 
     Args:
         folder: the results folder.
@@ -84,86 +99,101 @@ def build(folder: Path, studies: Mapping[str, Study], output: Path | None = None
 
     Returns:
         The front page's path.
+
+    Raises:
+        StoreError: if the folder cannot be read.
+        InputError: if it holds a study whose name cannot be a file's.
     """
     target = Path(output) if output else Path(folder) / "report"
     with Store(Path(folder)) as store:
         runs = store.runs()
-    pages = [_page(run, studies.get(run.study)) for run in _newest(runs)]
-    environment = Environment(
-        loader=PackageLoader("etude.lab.report"), autoescape=select_autoescape(["html"]), trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    environment.globals.update(number=_number, interval=_interval, drawing=lambda f: Markup(interval_svg(f)))
-    environment.globals["style"] = Markup(environment.get_template("style.css").render())
-    target.mkdir(parents=True, exist_ok=True)
+    pages = [_page(chosen, runs, studies.get(chosen.study)) for chosen in _chosen(runs)]
+    environment = _environment()
     for page in pages:
-        _write(target / f"{page.run.study}.html", environment.get_template("paper.html").render(page=page))
-        _write(target / "figures" / f"{page.run.study}.svg", _standalone(str(page.figure)))
-        write_table([page.run], "csv", target / "records" / f"{page.run.study}.csv")
-    counts = Counter(page.verdict(j.finding) for page in pages for j in page.judgements)
-    _write(target / "index.html", environment.get_template("index.html").render(pages=pages, counts=counts))
-    _write(target / "index.md", environment.get_template("index.md").render(pages=pages, counts=counts))
+        name = page.run.study
+        _write(target / f"{name}.html", environment.get_template("paper.html").render(page=page))
+        figure = target / "figures" / f"{name}.svg"
+        if page.figure:
+            _write(figure, _standalone(str(page.figure)))
+        else:  # not one of an earlier report
+            figure.unlink(missing_ok=True)
+        write_table([page.run], "csv", target / "records" / f"{name}.csv")
+    counts = _counts(pages)
+    for name in ("index.html", "index.md"):
+        _write(target / name, environment.get_template(name).render(pages=pages, counts=counts))
     _write(target / "verdicts.json", json.dumps(_verdicts(pages), indent=1, ensure_ascii=False) + "\n")
     return target / "index.html"
 
 
-def _newest(runs: list[StoredRun]) -> list[StoredRun]:
-    """For each study the newest run of its highest preset, by name."""
-    ranks = {"smoke": 0, "small": 1, "paper": 2}
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("etude.lab.report"),
+        autoescape=select_autoescape(["html"]),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals.update(drawing=lambda finding: Markup(interval_svg(finding)), number=wording.number)
+    environment.globals["style"] = Markup(environment.get_template("style.css").render())
+    # Typography for readers; files for programs keep the plain hyphen.
+    environment.filters["typeset"] = lambda text: re.sub(r"(?<![\w)])-(?=[\d.])", "\N{MINUS SIGN}", text)
+    environment.globals["effect"] = wording.effect
+    environment.filters["markdown"] = _markdown
+    return environment
+
+
+def _chosen(runs: Iterable[StoredRun]) -> list[StoredRun]:
+    """For each study the run to show, by name; ``runs`` come with the last asked for first."""
+
+    def rank(run: StoredRun) -> tuple[bool, int]:
+        arms_by_seed: dict[int, set[str]] = {}
+        for record in run.results:
+            arms_by_seed.setdefault(record["seed"], set()).add(record["arm"])
+        whole = [seed for seed, arms in arms_by_seed.items() if arms >= set(run.arms)]
+        level = PRESETS.index(run.preset) if run.preset in PRESETS else 0
+        return level > 0 and len(whole) >= FEWEST_SEEDS, level
+
     best: dict[str, StoredRun] = {}
     for run in runs:
-        held = best.get(run.study)
-        if held is None or ranks.get(run.preset, 0) > ranks.get(held.preset, 0):
+        if not SLUG.fullmatch(run.study):
+            raise InputError(
+                f"it holds a study called {run.study!r}", where="results", instead="choose a folder that etude wrote"
+            )
+        if run.study not in best or rank(run) > rank(best[run.study]):
             best[run.study] = run
     return [best[slug] for slug in sorted(best)]
 
 
-def _page(run: StoredRun, study: Study | None) -> Page:
+def _page(run: StoredRun, runs: list[StoredRun], study: Study | None) -> Page:
     judgements: tuple[Judgement, ...] = ()
-    figure = Markup("")
+    figure, trouble = "", ""
     if study is not None and len(run.results):
         judgements = judge(study, run)
         title = f"{study.paper.title}: the paper's figure, redrawn from these measurements"
-        figure = Markup(figure_svg(study.figure(run.results), study.slug, title))
-    return Page(run, study, judgements, figure, _measurements(run.results))
+        try:
+            figure = figure_svg(study.figure, run.results, study.slug, title)
+        except Exception as error:  # an unfinished or failed arm, or records of another version of the study
+            trouble = f"{type(error).__name__}: {error}"
+    others = tuple(other for other in runs if other.study == run.study and other.config_digest != run.config_digest)
+    return Page(run, others, study, judgements, Markup(figure), trouble, tabulate(run.results))
 
 
-def _measurements(results: Results) -> Measurements:
-    """Means over seeds; a column that is a number is a metric unless it takes few values that arms share."""
-    names = list(dict.fromkeys(name for record in results for name in record if name not in ("arm", "seed")))
-    coordinates = tuple(name for name in names if _is_coordinate(results, name))
-    metrics = tuple(name for name in names if name not in coordinates)
-    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
-    for record in results:
-        key = (record["arm"], *(record.get(name) for name in coordinates))
-        groups.setdefault(key, []).append(record)
-    rows = []
-    for (arm, *place), records in groups.items():
-        cells = []
-        for metric in metrics:
-            by_seed = Results(records).by_seed(metric, arm) if any(r.get(metric) is not None for r in records) else {}
-            cells.append(_interval(bootstrap_mean(list(by_seed.values()))) if by_seed else "")
-        rows.append((arm, tuple(_number(value) for value in place), tuple(cells)))
-    return Measurements(coordinates, metrics, tuple(rows))
-
-
-def _is_coordinate(results: Results, name: str) -> bool:
-    """A coordinate is text, or takes the same values in every seed and several of them (or one for all)."""
-    values: dict[int, set[Any]] = {}
-    for record in results:
-        if record.get(name) is not None:
-            if isinstance(record[name], str):
-                return True
-            values.setdefault(record["seed"], set()).add(record[name])
-    distinct = list(values.values())
-    repeated = len(results) > len(set().union(*distinct)) if distinct else False
-    return bool(distinct) and repeated and len(distinct) > 1 and all(found == distinct[0] for found in distinct)
+def _counts(pages: list[Page]) -> list[tuple[str, str, str, int]]:
+    """Style, symbol, verdict and number of claims, for each verdict that occurs."""
+    found: dict[str, tuple[str, str, str, int]] = {}
+    for page in pages:
+        for judgement in page.judgements:
+            verdict = page.verdict(judgement.finding)
+            count = found[verdict][3] if verdict in found else 0
+            found[verdict] = (*page.kind(judgement.finding), verdict, count + 1)
+    order = [*map(str, Verdict), UNJUDGED, UNMEASURED]
+    return [found[verdict] for verdict in order if verdict in found]
 
 
 def _verdicts(pages: list[Page]) -> list[dict[str, Any]]:
     return [
         {
             "study": page.run.study,
+            "title": page.title,
             "preset": page.run.preset,
             "seeds": list(page.run.seeds),
             "finished": page.run.finished,
@@ -173,11 +203,14 @@ def _verdicts(pages: list[Page]) -> list[dict[str, Any]]:
                 {
                     "id": judgement.claim.id,
                     "statement": judgement.claim.statement,
+                    "paper": judgement.claim.paper,
                     "rule": judgement.claim.rule.wording,
+                    "note": judgement.claim.note,
                     "verdict": page.verdict(judgement.finding),
-                    "effect": _number(judgement.finding.effect.mean),
-                    "interval": [_number(judgement.finding.effect.low), _number(judgement.finding.effect.high)],
+                    "effect": _finite(judgement.finding.effect.mean),
+                    "interval": [_finite(judgement.finding.effect.low), _finite(judgement.finding.effect.high)],
                     "bound": judgement.finding.bound,
+                    "seeds": judgement.finding.seeds,
                 }
                 for judgement in page.judgements
             ],
@@ -186,16 +219,18 @@ def _verdicts(pages: list[Page]) -> list[dict[str, Any]]:
     ]
 
 
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _finite(value: float) -> float | None:
+    """JSON has no NaN or infinity: they become null."""
+    return value if math.isfinite(value) else None
 
 
-def _interval(effect: Any) -> str:
-    return f"{effect.mean:.4g} [{effect.low:.4g}, {effect.high:.4g}]"
+def _markdown(text: object) -> str:
+    """Text that Markdown shows as it is, on one line."""
+    return re.sub(r"([\\`*_{}\[\]<>#|!$&~^])", r"\\\1", " ".join(str(text).split()))
 
 
 def _standalone(svg: str) -> str:
-    return svg.replace("<svg", '<svg style="color: #444; background: white"', 1) if svg else "<svg/>"
+    return re.sub(r'<svg\b([^>]*?) style="[^"]*"', r'<svg\1 style="background: white"', svg, count=1) + "\n"
 
 
 def _write(path: Path, text: str) -> None:

@@ -1,5 +1,7 @@
 """A working study to start from: a package with a method, its baseline, one claim, and a test."""
 
+import importlib.util
+import keyword
 import re
 from importlib.resources import files
 from pathlib import Path
@@ -7,10 +9,12 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 
 from etude.core.checks import InputError
+from etude.lab.catalogue import listings
 
 __all__ = ["write_study"]
 
 NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
+CONFUSED = "choose a name that no package or study has"
 PLACES = {
     "pyproject.toml.jinja": "pyproject.toml",
     "README.md.jinja": "README.md",
@@ -31,7 +35,8 @@ def write_study(name: str, folder: Path = Path()) -> Path:
         The new folder.
 
     Raises:
-        InputError: for another kind of name, or a folder that is already there.
+        InputError: for another kind of name, one that a study or an installed package has, or a folder that is
+            already there.
     """
     if not NAME.fullmatch(name):
         proposal = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-0123456789") or "my-paper"
@@ -40,6 +45,10 @@ def write_study(name: str, folder: Path = Path()) -> Path:
     if target.exists():
         raise InputError(f"{target} is already there", where="name", instead="choose another name or --folder")
     package = name.replace("-", "_")
+    if keyword.iskeyword(package) or importlib.util.find_spec(package):
+        raise InputError(f"{package} is taken in Python", where="name", instead=CONFUSED)
+    if name in {entry.slug for entry in listings()}:
+        raise InputError(f"a study {name!r} is already installed", where="name", instead=CONFUSED)
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
     for source, place in PLACES.items():
         text = files(__name__).joinpath("files", source).read_text(encoding="utf-8")

@@ -1,0 +1,71 @@
+"""A run's records as a table of means over seeds with their intervals."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from etude.lab.results import Record, Results
+from etude.lab.statistics import bootstrap_mean
+from etude.lab.wording import interval, number
+
+__all__ = ["Measurements", "tabulate"]
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """A table of means with their intervals: a row for each arm and coordinate."""
+
+    coordinates: tuple[str, ...]
+    metrics: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...]
+
+
+def tabulate(results: Results) -> Measurements:
+    """Means over seeds at each coordinate; the records of a single seed are shown one by one.
+
+    A column is a coordinate if in every seed an arm's records carry the same values in the same order. Text that
+    differs from seed to seed has no mean and is left out.
+    """
+    cells = _cells(results)
+    names = list(dict.fromkeys(name for record in results for name in record if name not in ("arm", "seed")))
+    kinds = {name: _kind(name, cells) for name in names}
+    coordinates = tuple(name for name in names if kinds[name] == "coordinate")
+    metrics = tuple(name for name in names if kinds[name] == "metric")
+    single = len({seed for _, seed in cells}) < 2
+    groups: dict[tuple[Any, ...], list[Record]] = {}
+    for (arm, _), records in cells.items():
+        for position, record in enumerate(records):
+            values = (record.get(name) for name in coordinates)
+            groups.setdefault((arm, position if single else None, *values), []).append(record)
+    rows = []
+    for (arm, _, *place), records in groups.items():
+        means = tuple(_mean(Results(records), metric, arm) for metric in metrics)
+        rows.append((arm, tuple(map(number, place)), means))
+    return Measurements(coordinates, metrics, tuple(rows))
+
+
+def _cells(results: Results) -> Mapping[tuple[str, int], list[Record]]:
+    found: dict[tuple[str, int], list[Record]] = {}
+    for record in results:
+        found.setdefault((record["arm"], record["seed"]), []).append(record)
+    return found
+
+
+def _kind(name: str, cells: Mapping[tuple[str, int], list[Record]]) -> str:
+    columns: dict[str, list[list[Any]]] = {}
+    for (arm, _), records in cells.items():
+        columns.setdefault(arm, []).append([record.get(name) for record in records])
+    values = [value for seeds in columns.values() for column in seeds for value in column if value is not None]
+    same = all(column == seeds[0] for seeds in columns.values() for column in seeds)
+    if any(isinstance(value, str) for value in values):
+        return "coordinate" if same else "text"
+    if not values:
+        return "text"
+    repeated = any(len(seeds) > 1 for seeds in columns.values())
+    return "coordinate" if same and repeated and len(set(values)) > 1 else "metric"
+
+
+def _mean(results: Results, metric: str, arm: str) -> str:
+    if all(record.get(metric) is None for record in results):
+        return ""
+    return interval(bootstrap_mean(list(results.by_seed(metric, arm).values())))
