@@ -11,9 +11,13 @@ def main() -> None:
     if any(importlib.util.find_spec(package) is None for package in NEEDED):
         print('etude: the command line needs the lab extra: pip install "etude[lab]"', file=sys.stderr)
         sys.exit(2)
-    from etude import cli
+    try:
+        from etude import cli
 
-    sys.exit(cli.main())
+        code = cli.main()
+    except KeyboardInterrupt:  # while it was still loading
+        code = 130
+    sys.exit(code)
 
 
 if __name__ == "__main__":
