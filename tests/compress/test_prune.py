@@ -156,6 +156,26 @@ def test_the_largest_survive_as_torch_prunes(count, fraction, seed):
     assert torch.equal(ours, theirs)
 
 
+def test_a_whole_search_agrees_with_one_that_uses_torchs_pruning():
+    model = network()
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    start = copy.deepcopy(model.state_dict())
+    for module in layers.values():
+        torch_prune.identity(module, "weight")
+    for round_ in range(5):
+        for name, module in layers.items() if round_ else ():
+            count = round((0.1 if name == "4" else 0.2) * int(module.weight_mask.sum()))
+            # Left to itself it scores the weights of the last forward pass, one step before the end of training.
+            torch_prune.l1_unstructured(module, "weight", count, importance_scores=module.weight_orig.detach())
+            module.weight_orig.data.copy_(start[f"{name}.weight"])
+            module.bias.data.copy_(start[f"{name}.bias"])
+        trainer()(model)
+    found = lottery_ticket(network(), trainer(), rounds=4)[-1]
+    for name, module in layers.items():
+        assert torch.equal(found.masks[f"{name}.weight"], module.weight_mask.bool())
+        torch.testing.assert_close(found.trained[f"{name}.weight"], module.weight_orig * module.weight_mask)
+
+
 def test_global_scope_agrees_with_torch_and_ignores_layer_order():
     model = network()
     weights = dict(model.named_parameters())

@@ -8,6 +8,9 @@ from etude.lab import judge, run
 from etude.lab.catalogue import listings, load
 from etude.lab.store import Store
 
+MEASURED_WITH_OTHER_SETTINGS = {("lottery-ticket", "C9")}
+"""Claims that the presets' own settings do not measure: ``--set network=vgg-19`` does."""
+
 SLUGS = [entry.slug for entry in listings() if entry.method.startswith("etude.")]
 
 
@@ -23,7 +26,8 @@ def test_smoke(slug, tmp_path):
     with Store(tmp_path) as store:
         stored = store.runs()[0]
     for judgement in judge(study, stored):
+        measured = (slug, judgement.claim.id) not in MEASURED_WITH_OTHER_SETTINGS
         for finding in judgement.finding.parts or (judgement.finding,):
-            assert finding.seeds == 1, judgement.claim.id
-            assert not math.isnan(finding.effect.mean), judgement.claim.id
+            assert finding.seeds == measured, judgement.claim.id
+            assert math.isnan(finding.effect.mean) is not measured, judgement.claim.id
     assert study.figure(stored.results).axes
