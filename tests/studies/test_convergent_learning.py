@@ -4,29 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from memory_context import InMemory
 
 from etude import data
 from etude.studies import convergent_learning as cl
 
 TINY = replace(cl.PRESETS["smoke"], epochs=1, networks=2)
-
-
-class InMemory:
-    """A context that keeps artifacts for the test."""
-
-    device = torch.device("cpu")
-    scratch = None
-
-    def __init__(self):
-        self.kept = {}
-
-    def artifact(self, name, make):
-        if name not in self.kept:
-            self.kept[name] = make()
-        return self.kept[name]
-
-    def progress(self, fraction, **metrics):
-        assert 0 <= fraction <= 1
 
 
 def experiment(seed=0):

@@ -4,29 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from memory_context import InMemory
 from torch import nn
 
 from etude import data
 from etude.core.replicas import Replicas
 from etude.studies import lottery_ticket as lt
-
-
-class InMemory:
-    """A context that keeps artifacts for the test."""
-
-    device = torch.device("cpu")
-    scratch = None
-
-    def __init__(self):
-        self.kept = {}
-
-    def artifact(self, name, make):
-        if name not in self.kept:
-            self.kept[name] = make()
-        return self.kept[name]
-
-    def progress(self, fraction, **metrics):
-        assert 0 <= fraction <= 1
 
 
 @pytest.fixture
