@@ -206,6 +206,15 @@ def test_comments_and_docstrings_do_not_change_the_digest(tmp_path, monkeypatch)
     assert found[0] == found[1] != found[2]
 
 
+def test_what_a_study_says_and_how_it_judges_do_not_change_the_digest(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    found = []
+    for claims, arms in (("(1,)", "(1,)"), ("(2,)", "(1,)"), ("(2,)", "(2,)")):
+        (tmp_path / "some_study.py").write_text(f"study = Study(claims={claims}, arms={arms}, figure=print)\n")
+        found.append(digest_of("some_study"))
+    assert found[0] == found[1] != found[2]
+
+
 def test_every_module_of_a_package_is_in_the_digest(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "some_package" / "inner").mkdir(parents=True)

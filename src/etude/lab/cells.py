@@ -20,6 +20,9 @@ from etude.lab.study import PRESETS, Study
 
 __all__ = ["Cell", "configure", "plan", "run_digest"]
 
+JUDGING = ("paper", "claims", "figure", "usage", "headline", "seeds")
+"""Arguments of a `Study` that no measurement depends on."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
@@ -75,8 +78,9 @@ def plan(study: Study, run: str, seeds: tuple[int, ...]) -> tuple[Cell, ...]:
 def run_digest(study: Study, config: Any, device: str) -> str:
     """Digest of what determines a run's cells but for arm and seed.
 
-    That is: the study's and its methods' source (comments, docstrings and layout do not count), the
-    configuration, the data sets' identity, etude's version and the kind of device.
+    That is: the study's and its methods' source, the configuration, the data sets' identity, etude's version and the
+    kind of device. Of the source comments, docstrings and layout do not count, nor what a study only says of its
+    measurements and how it judges them (`JUDGING`): a claim can be reworded or explained without measuring again.
     """
     methods = [_source_digest(name.strip(), study.slug) for name in study.method.split(",")]
     parts = {
@@ -135,6 +139,8 @@ def _source_digest(module: str, study: str) -> str:
 def _text_digest(text: str) -> str:
     tree = ast.parse(text)
     for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Study":
+            node.keywords = [keyword for keyword in node.keywords if keyword.arg not in JUDGING]
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             first = node.body[0] if node.body else None
             if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):

@@ -89,7 +89,8 @@ class Study:
             equals its entry point's name.
         paper: the publication.
         method: dotted module of the method, e.g. ``"etude.compress.prune"``. Its source, with the study's
-            own, is part of every cell's key: change either and the cells are measured anew.
+            own, is part of every cell's key: change either and the cells are measured anew. The study's claims, figure
+            and texts are not: reword them freely.
         presets: for each of ``smoke``, ``small`` and ``paper`` a configuration (a frozen dataclass), or a
             tuple of them of which the first whose data sets are on this machine is used.
         arms: the method and its baselines.
