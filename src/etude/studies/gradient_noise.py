@@ -544,6 +544,7 @@ study = Study(
             "It lowers the training error of end-to-end memory networks trained in two stages.",
             paper="Table 2: training error 6.2 to 5.9 %",
             rule=better(NOISE, than=NONE, metric="train_error", where=_at(TWO_STAGES), lower=True),
+            note="As in one stage: every run solves the task, and nothing is left to improve.",
         ),
         Claim(
             "C3",
@@ -573,6 +574,8 @@ study = Study(
                 within(NOISE, than=NONE, metric="test_accuracy", margin=0.02, where=_at("sussillo-abbott")),
                 within(NOISE, than=NONE, metric="test_accuracy", margin=0.02, where=_at("he")),
             ),
+            note="He et al. holds; for Sussillo and Abbott the interval just leaves the margin. At a fixed rate "
+            "accuracy moves by about a point from seed to seed, with noise or without.",
         ),
         Claim(
             "C3e",
@@ -627,6 +630,7 @@ study = Study(
             "Memory networks trained in one stage make fewer errors on unseen stories.",
             paper="Table 2: validation error 19.5 to 16.6 %",
             rule=better(NOISE, than=NONE, metric="test_error", where=_at(ONE_STAGE), lower=True),
+            note="See C2a: all runs end at about 2 % error, with noise or without.",
         ),
     ),
     figure=figure,
