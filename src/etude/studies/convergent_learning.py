@@ -630,10 +630,11 @@ study = Study(
         ),
         Claim(
             "C3",
-            "Codes are between local and distributed: matched partners agree in their mean activation more than by "
-            "chance, as in a local code, but less than a unit with itself.",
+            "Codes are between local and distributed: mean activations spread over more than a decade, and matched "
+            "partners agree in them more than by chance, as in a local code, but less than a unit with itself.",
             paper="Supplement: means spread over one to two decades, spectra roughly agree, top units differ",
             rule=all_of(
+                at_least(TRAINED, metric="mean_spread", value=1.0),
                 better(TRAINED, than=SHUFFLED, metric="partner_means"),
                 better(ITSELF, than=TRAINED, metric="partner_means"),
             ),
