@@ -534,7 +534,7 @@ def _across_layers(layers: Mapping[int, Mapping[str, float]], trained: Mapping[s
 
 def figure(results: Results) -> Figure:
     """Figure 3 and table 1 redrawn: sorted matching curves and loss by penalty, layer by layer; then all arms."""
-    drawing = Figure(figsize=(12, 3.8), layout="constrained")
+    drawing = Figure(figsize=(14, 3.8), layout="constrained")
     left, middle, right = drawing.subplots(1, 3)
     for index, layer in enumerate(LAYERS):
         colour, where = f"C{index}", {"layer": layer}
@@ -553,8 +553,9 @@ def figure(results: Results) -> Figure:
         _line(right, results, "layer", "matched", arm, None, style, color=f"C{index}", label=arm)
     right.set_xticks(LAYERS, [_site(layer) for layer in LAYERS])
     right.set(ylabel="mean correlation of partners", ylim=(None, 1.02))
-    for axes in (left, middle, right):
+    for axes in (left, middle):
         axes.legend(fontsize=7, frameon=False)
+    right.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return drawing
 
 
@@ -615,6 +616,8 @@ study = Study(
                     )
                 ),
             ),
+            note="It holds in conv1 and narrowly not in conv2. There untrained networks match nearly as well, because "
+            "images correlate; in deeper layers training makes most of the match.",
         ),
         Claim(
             "C2",
@@ -627,6 +630,8 @@ study = Study(
                 at_least(ROTATED, metric="gap", value=0.05),
                 better(TRAINED, than=ITSELF, metric="gap"),
             ),
+            note="Untrained networks show a gap of the same size: it comes with any two bases of one space and is not "
+            "a mark of learning.",
         ),
         Claim(
             "C3",
@@ -638,6 +643,8 @@ study = Study(
                 better(TRAINED, than=SHUFFLED, metric="partner_means"),
                 better(ITSELF, than=TRAINED, metric="partner_means"),
             ),
+            note="The spread, from the 5 % to the 95 % quantile of a layer's units, is under a decade but in the last "
+            "layer; the paper looked at layers of 96 to 384 units. Both other parts hold.",
         ),
         Claim(
             "C4",
@@ -660,6 +667,9 @@ study = Study(
                 *_in_layers(lambda where: at_least(TRAINED, metric="overlap", value=0.5, where=where)),
                 better(TRAINED, than=SHUFFLED, metric="overlap"),
             ),
+            note="In conv1 about half agree, in deeper layers fewer, but many more than by chance. A random rotation "
+            "of a network's own units reaches .43 to .49: what is left is near what mutually correlated units "
+            "give anyway.",
         ),
         Claim(
             "C6",
@@ -670,12 +680,17 @@ study = Study(
                 at_least(TRAINED, metric="information_rank", value=0.8, where=CONV2),
                 at_least(TRAINED, metric="information_top", value=6.0, where=CONV1),
             ),
+            note="Six to seven of the eight best pairs agree, on average over pairs of networks, and the intervals "
+            "touch the thresholds.",
         ),
         Claim(
             "C7",
             "In conv1 a few units suffice: within 5 % of the least loss, under a tenth of the units are used.",
             paper="Table 1: loss .160 at best, .169 with 6.8 of 96 units above .05",
             rule=at_most(TRAINED, metric="active_share", value=0.1, where=CONV1),
+            note="Solved to optimality, the map gains a little from almost every unit. The paper's was trained by SGD "
+            "for 4500 batches, in a layer of 96 units, not 32; its loss was higher without a penalty than with "
+            "one.",
         ),
         Claim(
             "C8",
@@ -691,6 +706,7 @@ study = Study(
             "No such sparse map is found in the deepest convolution: a larger share of units is needed than in conv1.",
             paper="Table 1: best losses about .38-.44 in conv3 to conv5",
             rule=at_least(TRAINED, metric="active_share_rise", value=0.0),
+            note="As C7: conv1 already uses most of its 32 units, a larger share than the 64 of conv5.",
         ),
         Claim(
             "C10",
@@ -698,6 +714,8 @@ study = Study(
             "single pair matches: in conv1, in most pairs of networks, and not by chance.",
             paper="Fig. 5, 6: examples",
             rule=better(TRAINED, than=SHUFFLED, metric="unequal_span_found", by=0.5, where=CONV1),
+            note="Two or three clusters of unequal size have an R2 above .7, but each also holds a pair that correlates "
+            "above .7. The paper gives examples, without a threshold.",
         ),
     ),
     figure=figure,
