@@ -714,8 +714,8 @@ study = Study(
             "single pair matches: in conv1, in most pairs of networks, and not by chance.",
             paper="Fig. 5, 6: examples",
             rule=better(TRAINED, than=SHUFFLED, metric="unequal_span_found", by=0.5, where=CONV1),
-            note="Two or three clusters of unequal size have an R2 above .7, but each also holds a pair that correlates "
-            "above .7. The paper gives examples, without a threshold.",
+            note="Two or three clusters of unequal size have an R2 above .7, but each also holds a pair that "
+            "correlates above .7. The paper gives examples, without a threshold.",
         ),
     ),
     figure=figure,

@@ -507,7 +507,6 @@ study = Study(
         title="Adding Gradient Noise Improves Learning for Very Deep Networks",
         authors="A. Neelakantan, L. Vilnis, Q. V. Le, I. Sutskever, L. Kaiser, K. Kurach, J. Martens",
         year=2015,
-        venue="arXiv",
         arxiv="1511.06807",
     ),
     method="etude.train.gradient_noise",
