@@ -35,7 +35,7 @@ tests: $(VENV)/installed
 docs: $(VENV)/installed
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
 
-## Measure against the peers, one thread, and write docs/results/benchmarks/.
+## Measure against the peers, on one thread where a script does not say otherwise, and write docs/results/benchmarks/.
 bench: $(VENV)/installed
 	set -e; for script in $(filter-out benchmarks/side_by_side.py,$(wildcard benchmarks/*.py)); do \
 	  OMP_NUM_THREADS=1 $(BIN)/python $$script; done

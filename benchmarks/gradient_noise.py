@@ -1,5 +1,6 @@
 """Gradient noise against the usual Python loops, and what it adds to a training step."""
 
+import os
 from collections.abc import Callable, Iterator
 from itertools import chain
 
@@ -16,7 +17,11 @@ TENSORS, PARAMETERS, ROWS = 300, 100_000_000, 32
 
 
 def main() -> None:
-    write("gradient_noise", [*against_loops(), share_of_a_step(100, 25), share_of_a_step(814, 5)])
+    found = []
+    for threads in dict.fromkeys((1, os.cpu_count() or 1)):
+        torch.set_num_threads(threads)
+        found += [*against_loops(), share_of_a_step(100, 25), share_of_a_step(814, 5)]
+    write("gradient_noise", found)
 
 
 def against_loops() -> Iterator[Comparison]:
@@ -39,7 +44,7 @@ def against_loops() -> Iterator[Comparison]:
             weight.grad += torch.randn(weight.grad.size()).to(weight.device) * STD
 
     agreement = agree(gradients[0], ours, loop)
-    work = "noise on 100 million gradients in 300 tensors"
+    work = f"noise on 100 million gradients in 300 tensors, threads: {torch.get_num_threads()}"
     yield compare(work, "p.grad += std * randn_like(p.grad)", ours, loop, aim=0.6, agreement=agreement)
     yield compare(work, "p.grad += randn(p.grad.size()) * std", ours, loop_over_sizes, aim=0.6, agreement=agreement)
 
@@ -77,7 +82,7 @@ def share_of_a_step(width: int, repeats: int) -> Comparison:
         optimizer.step()
 
     millions = sum(value.numel() for value in network.parameters()) / 1e6
-    work = f"Adam step with noise, {millions:.1f} million parameters, {ROWS} rows"
+    work = f"Adam step with noise, {millions:.1f} million parameters, {ROWS} rows, threads: {torch.get_num_threads()}"
     return compare(work, "the step without noise", lambda: step(STD), lambda: step(0.0), repeats=repeats, aim=1.03)
 
 

@@ -64,38 +64,37 @@ study = Study(
 )
 
 
-def bare():
+def bare(steps):
     """The same cells without the engine."""
     context = SimpleNamespace(device=torch.device("cpu"), progress=lambda *_, **__: None)
     return [
         {"arm": arm, "seed": seed} | record
         for arm, seed in itertools.product(study.arms, range(SEEDS))
-        for record in measure(Config(), arm, seed, context)
+        for record in measure(Config(steps=steps), arm, seed, context)
     ]
 
 
-def through_the_lab():
+def through_the_lab(steps):
     """Planned, seeded, measured, stored and read back."""
     with TemporaryDirectory() as folder:
-        run(study, results=Path(folder), workers=1)
+        run(study, results=Path(folder), workers=1, settings={"steps": steps})
         with Store(Path(folder)) as store:
             return [dict(record) for record in store.runs()[0].results]
 
 
+def against_the_bare_loop(steps, repeats):
+    same = through_the_lab(steps) == bare(steps)
+    return compare(
+        f"{len(study.arms) * SEEDS} cells of {steps} steps, one worker",
+        "the bare loop",
+        lambda: through_the_lab(steps),
+        lambda: bare(steps),
+        repeats=repeats,
+        aim=1.02,
+        agreement="every record is equal" if same else "records differ",
+    )
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    same = through_the_lab() == bare()
-    cells = len(study.arms) * SEEDS
-    write(
-        "lab_overhead",
-        [
-            compare(
-                f"{cells} cells of 2000 steps, one worker",
-                "the bare loop",
-                through_the_lab,
-                bare,
-                aim=1.02,
-                agreement="every record is equal" if same else "records differ",
-            )
-        ],
-    )
+    write("lab_overhead", [against_the_bare_loop(2_000, 7), against_the_bare_loop(10_000, 5)])
