@@ -127,12 +127,12 @@ def installed(tmp_path):
 
 def test_control_c_ends_promptly_and_keeps_finished_cells(tmp_path, installed):
     results = tmp_path / "results"
-    command = [sys.executable, "-m", "etude", "run", "plain", "--workers", "2", "--seeds", "4", "--set", "pause=0.2"]
+    command = [sys.executable, "-m", "etude", "run", "plain", "--workers", "2", "--seeds", "12", "--set", "pause=0.1"]
     with subprocess.Popen(
         [*command, "--results", str(results)], env=installed, text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     ) as process:  # fmt: skip
-        while not process.stdout.readline().startswith("[2/8]"):
+        while not process.stdout.readline().startswith("[2/24]"):
             assert process.poll() is None, process.stderr.read()
         workers = psutil.Process(process.pid).children(recursive=True)
         begun = time.monotonic()
@@ -144,5 +144,5 @@ def test_control_c_ends_promptly_and_keeps_finished_cells(tmp_path, installed):
     assert psutil.wait_procs(workers, timeout=10)[1] == []
     kept = len(rows(results)) // 3
     assert kept >= 2
-    resumed = run(plain_study.study, results=results, workers=1, seeds=4, settings={"pause": 0.2})
-    assert (resumed.reused, resumed.finished) == (kept, 8 - kept)
+    resumed = run(plain_study.study, results=results, workers=1, seeds=12, settings={"pause": 0.1})
+    assert (resumed.reused, resumed.finished) == (kept, 24 - kept)

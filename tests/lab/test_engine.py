@@ -1,5 +1,6 @@
 """Runs: what is measured, kept, measured anew, and how failures and wrong arguments end."""
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -389,3 +390,16 @@ def test_an_interrupt_keeps_finished_cells(tmp_path):
     outcome = run(study, results=tmp_path, workers=1, listener=interrupt)
     assert outcome.interrupted
     assert run(study, results=tmp_path, workers=1).reused == 1
+
+
+def test_an_interrupt_that_a_callback_swallows_still_ends_the_run(tmp_path):
+    def swallow(event):
+        if isinstance(event, CellFinished):
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    outcome = run(study, results=tmp_path, workers=1, listener=swallow)
+    assert outcome.interrupted
+    assert outcome.finished == 1
+    assert signal.getsignal(signal.SIGINT) is before

@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import sys
 import threading
 import warnings
@@ -14,6 +15,7 @@ from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from etude import __version__
@@ -239,14 +241,19 @@ class _Driver:
             ]
             end_beats = heartbeats(beats, self._beat)
             try:
-                with closing(execute(tasks, backend, min(workers, len(tasks)))) as outcomes:
+                with (
+                    _interrupts() as interrupted,
+                    closing(execute(tasks, backend, min(workers, len(tasks)))) as outcomes,
+                ):
                     for outcome in outcomes:
                         self._take(outcome)
+                        if interrupted.is_set():
+                            break
+                return interrupted.is_set()
             except KeyboardInterrupt:
                 return True
             finally:
                 end_beats()
-        return False
 
     def _beat(self, digest: str, fraction: float, metrics: Mapping[str, float]) -> None:
         """Called from the thread that watches the cells."""
@@ -282,6 +289,29 @@ class _Driver:
 
 def _cell_name(cell: Cell) -> str:
     return f"{cell.arm}/seed {cell.seed}"
+
+
+@contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """An event that Ctrl-C sets, beside the exception it raises.
+
+    The exception is lost where it strikes in a destructor or in a library's callback; the event is not.
+    """
+    asked = threading.Event()
+    usual = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(usual):
+        yield asked
+        return
+
+    def remember(number: int, frame: FrameType | None) -> Any:
+        asked.set()
+        return usual(number, frame)
+
+    signal.signal(signal.SIGINT, remember)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, usual)
 
 
 def _entry(study: Study, preset: str, config: Any, digest: str, device: str) -> StoredRun:
