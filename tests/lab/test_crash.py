@@ -131,6 +131,8 @@ def test_control_c_ends_promptly_and_keeps_finished_cells(tmp_path, installed):
     with subprocess.Popen(
         [*command, "--results", str(results)], env=installed, text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        # What starts the tests in the background may have them ignore Ctrl-C, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:  # fmt: skip
         while not process.stdout.readline().startswith("[2/24]"):
             assert process.poll() is None, process.stderr.read()

@@ -398,8 +398,11 @@ def test_an_interrupt_that_a_callback_swallows_still_ends_the_run(tmp_path):
             with contextlib.suppress(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)
 
-    before = signal.getsignal(signal.SIGINT)
-    outcome = run(study, results=tmp_path, workers=1, listener=swallow)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        outcome = run(study, results=tmp_path, workers=1, listener=swallow)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert outcome.interrupted
     assert outcome.finished == 1
-    assert signal.getsignal(signal.SIGINT) is before
