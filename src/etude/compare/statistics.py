@@ -79,10 +79,7 @@ class UnitStatistics:
 
     def between(self, site: str, a: int, b: int) -> Float[Tensor, "n m"]:
         """Correlations of the units of network ``a`` (rows) with those of ``b``; NaN where either is dead."""
-        rows, columns = self._columns(site, a), self._columns(site, b)
-        moments = self._at(site)
-        scale = moments.deviation.masked_fill(moments.constant, torch.nan)
-        return (moments.covariance[rows, columns] / torch.outer(scale[rows], scale[columns])).clamp(-1, 1)
+        return self._at(site).correlation(self._columns(site, a), self._columns(site, b))
 
     def duplicates(self, site: str, net: int, above: float = 0.95) -> Int64[Tensor, "pairs 2"]:
         """Pairs of units of one network that correlate above ``above``: which of them is matched is arbitrary."""

@@ -96,17 +96,18 @@ class Moments:
     @property
     def deviation(self) -> Float[Tensor, "units"]:
         """The units' standard deviations, float64."""
-        return self.covariance.diagonal().clamp(min=0).sqrt()
+        return (self._filled()[1].diagonal() / self.count).clamp(min=0).sqrt()
 
     @property
     def constant(self) -> Bool[Tensor, "units"]:
         """Which units never changed: their correlations are undefined."""
         return self.deviation <= CONSTANT * self.mean.abs()
 
-    def correlation(self) -> Float[Tensor, "units units"]:
-        """Pearson correlations of all units with each other; NaN where a unit is constant."""
+    def correlation(self, rows: slice = slice(None), columns: slice = slice(None)) -> Float[Tensor, "rows columns"]:
+        """Pearson correlations of some units with others, by default of all; NaN where a unit is constant."""
         scale = self.deviation.masked_fill(self.constant, torch.nan)
-        return (self.covariance / torch.outer(scale, scale)).clamp(-1, 1)
+        covariance = self._filled()[1][rows, columns] / self.count
+        return (covariance / torch.outer(scale[rows], scale[columns])).clamp(-1, 1)
 
     def _filled(self) -> tuple[Tensor, Tensor]:
         if self._mean is None or self._products is None:
