@@ -1,0 +1,236 @@
+"""Flow: which units every parameter of a network carries, read off its computation graph.
+
+A *unit* is a neuron, a channel, an embedding coordinate or a coordinate of an attention head. Every layer writes
+fresh units, every later layer reads some; in between they are reshaped, split, normalised, added. `trace` follows
+them through the graph that `torch.export` records, so that a method can permute, average, cut or rescale units
+of a model whose code it does not know.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from etude.core.checks import InputError
+from etude.core.following import Follower
+from etude.core.recording import Inputs, Program
+from etude.core.steps import Attention, Junction, Layer, Norm, Place, Sink, Source, Step, held, united
+
+__all__ = [
+    "Attention",
+    "Flow",
+    "Group",
+    "Junction",
+    "Layer",
+    "Norm",
+    "Sink",
+    "Slot",
+    "Source",
+    "Step",
+    "trace",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """Where a parameter or buffer holds the units of a group.
+
+    Attributes:
+        name: of the parameter (its first name, if tied) or buffer.
+        axis: the axis that counts units.
+        positions: (units, copies) index of each unit along the axis.
+        role: "writes", "reads" or "carries" (norms, tables).
+    """
+
+    name: str
+    axis: int
+    positions: Tensor
+    role: str
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Units that all the same parameters hold, each unit at its own place in every one of them.
+
+    Permuting a group's units in all its slots alike leaves the network's function as it is, unless the group is
+    ``fixed``; those of attention may be permuted within a head, and whole heads with their partner groups'.
+
+    Attributes:
+        units: how many.
+        slots: where they lie.
+        fixed: whether their order shows in the network's outputs or meets raw inputs.
+        attention: node of the `Attention` they take part in, if they do.
+        part: "query" (with the keys it meets) or "value", of that attention.
+        heads: how many heads the units form, in order.
+    """
+
+    units: int
+    slots: tuple[Slot, ...]
+    fixed: bool
+    attention: str | None = None
+    part: str | None = None
+    heads: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Flow:
+    """What `trace` found.
+
+    Attributes:
+        steps: in the order of computation.
+        ties: (2, n) pairs of ids that are one unit: residual sums, tied weights, queries and the keys they meet.
+        fixed: ids whose order is bound to inputs or outputs.
+    """
+
+    steps: tuple[Step, ...]
+    ties: Tensor = field(repr=False)
+    fixed: Tensor = field(repr=False)
+    program: Program = field(repr=False)
+
+    @cached_property
+    def roots(self) -> Tensor:
+        """For each id, one id that stands for all that are tied to it."""
+        return united(self.steps, self.ties)
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """All units, by the parameters that hold them; in the order in which they are first written."""
+        return _grouped(self)
+
+    def group_of(self, name: str, axis: int, position: int = 0) -> Group:
+        """The group whose unit lies at ``position`` along ``axis`` of the parameter ``name``.
+
+        Raises:
+            InputError: if there is none.
+        """
+        for group in self.groups:
+            if any(s.name == name and s.axis == axis and (s.positions == position).any() for s in group.slots):
+                return group
+        raise InputError(
+            f"holds no units along axis {axis} at {position}", where=name, instead="name a weight that the model uses"
+        )
+
+    def activations(self, inputs: Inputs, nodes: Iterable[str], model: nn.Module | None = None) -> dict[str, Tensor]:
+        """What the named nodes give for ``inputs``, whose number is free: they run in batches as traced.
+
+        Args:
+            inputs: as for `trace`.
+            nodes: names of nodes, e.g. `Layer.node`.
+            model: a model of exactly the traced one's structure; the traced one by default.
+        """
+        return self.program.run(inputs, tuple(nodes), model)
+
+    def parallel(self, other: "Flow") -> None:
+        """Check that two models compute the same steps; their widths may differ.
+
+        Raises:
+            InputError: at the first step that differs.
+        """
+        if len(self.steps) != len(other.steps):
+            raise InputError(
+                f"their graphs have {len(self.steps)} and {len(other.steps)} steps",
+                where="models",
+                instead="give models of one architecture and depth",
+            )
+        for mine, others in zip(self.steps, other.steps, strict=True):
+            if _signature(mine) != _signature(others):
+                raise InputError(
+                    f"one computes {_signature(mine)} where the other has {_signature(others)}",
+                    where="models",
+                    instead="give models of one architecture and depth",
+                )
+
+
+def trace(model: nn.Module, inputs: Inputs) -> Flow:
+    """Follow the units of ``model`` through its computation on ``inputs``.
+
+    The model is run once, symbolically, in evaluation mode; it is left as it was.
+
+    Args:
+        model: any module that `torch.export` can record; convolutions, linear layers, embeddings, batch, layer,
+            RMS and group norms, multi-head attention, pointwise functions, pooling and reshaping in any order.
+        inputs: an example batch: a tensor, a tuple of positional or a dict of keyword arguments.
+
+    Raises:
+        InputError: if the model cannot be recorded.
+        UnsupportedModuleError: if units meet an operation that mixes them in an unknown way.
+
+    >>> flow = trace(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), torch.zeros(5, 4))
+    >>> [(step.kind, step.reads.tolist(), step.writes.tolist()) for step in flow.steps if isinstance(step, Layer)]
+    [('linear', [-1, -1, -1, -1], [0, 1, 2]), ('linear', [0, 1, 2], [3, 4])]
+    >>> [(group.units, group.fixed, [slot.name for slot in group.slots]) for group in flow.groups]
+    [(3, False, ['0.weight', '0.bias', '2.weight']), (2, True, ['2.weight', '2.bias'])]
+    """
+    program = Program.record(model, inputs)
+    follower = Follower(program)
+    follower.walk()
+    steps, ties, fixed = follower.found()
+    return Flow(steps, ties, fixed, program)
+
+
+def _signature(step: Step) -> tuple[Any, ...]:
+    names = ("kind", "weight", "bias", "parameter", "parameters", "output_axis", "input_axis")
+    return (type(step).__name__, *(getattr(step, name) for name in names if hasattr(step, name)))
+
+
+def _grouped(flow: Flow) -> tuple[Group, ...]:
+    """Sort units by the set of places that hold them, and by how often each does."""
+    roots = flow.roots
+    places = {place: (role, _resolved(ids, roots)) for place, (role, ids) in _places(flow.steps).items()}
+    held: dict[int, list[tuple[Place, int]]] = {}
+    for place, (_, ids) in places.items():
+        for root, copies in _counted(ids):
+            held.setdefault(root, []).append((place, copies))
+    parts: dict[int, list[tuple[str, str]]] = {}
+    met = {step.node: step for step in flow.steps if isinstance(step, Attention)}
+    for node, step in met.items():
+        for part in ("query", "value"):
+            for root, _ in _counted(roots[getattr(step, part)].flatten()):
+                parts.setdefault(root, []).append((node, part))
+    fixed = set(roots[flow.fixed].tolist())
+    families: dict[Any, list[int]] = {}
+    for root, where in held.items():
+        families.setdefault((tuple(where), tuple(parts.get(root, ())), root in fixed), []).append(root)
+    found = []
+    for (where, attentions, bound), members in families.items():
+        lookup = torch.full((len(roots),), -1)
+        lookup[torch.tensor(members)] = torch.arange(len(members))
+        slots = tuple(_slot(place, *places[place], lookup, len(members)) for place, _ in where)
+        if not attentions:
+            found.append(Group(len(members), slots, bound))
+            continue
+        node, part = attentions[0]
+        heads = {tuple(row) for row in roots[getattr(met[node], part)].tolist()}
+        found.append(Group(len(members), slots, bound, node, part, len(heads)))
+    return tuple(found)
+
+
+def _places(steps: Iterable[Step]) -> dict[Place, tuple[str, Tensor]]:
+    """Every place that holds units: the role it has there, and the ids along its axis."""
+    found: dict[Place, tuple[str, Tensor]] = {}
+    for step in steps:
+        for place, role, ids in held(step):
+            found.setdefault(place, (role, ids))
+    return found
+
+
+def _slot(place: Place, role: str, ids: Tensor, lookup: Tensor, units: int) -> Slot:
+    member = torch.where(ids >= 0, lookup[ids.clamp(min=0)], -1)
+    order = torch.argsort(member, stable=True)
+    return Slot(*place, order[(member < 0).sum() :].view(units, -1), role)
+
+
+def _resolved(ids: Tensor, roots: Tensor) -> Tensor:
+    return torch.where(ids >= 0, roots[ids.clamp(min=0)], -1)
+
+
+def _counted(ids: Tensor) -> list[tuple[int, int]]:
+    """The distinct ids, in order of their first place, and how often each occurs."""
+    counts: dict[int, int] = {}
+    for each in ids.tolist():
+        if each >= 0:
+            counts[each] = counts.get(each, 0) + 1
+    return list(counts.items())

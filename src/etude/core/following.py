@@ -1,0 +1,640 @@
+"""The walk behind `etude.core.flow.trace`: one rule for each kind of operation in a recorded graph.
+
+Every value has a *label*: an array of unit ids of the value's own rank, of size 1 along axes on which the unit does
+not depend (batch, tokens, pixels), -1 where there is no unit. Reshaping, splitting and moving axes are done to the
+label by the very operation that is done to the value, so that any code's way of cutting heads or fusing queries,
+keys and values is followed exactly.
+"""
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn, cast
+
+import torch
+from torch import Tensor, fx
+
+from etude.core.checks import UnsupportedModuleError
+from etude.core.recording import Program
+from etude.core.steps import Attention, Junction, Layer, Norm, Sink, Source, Step, renamed, tied_places, united
+
+__all__ = ["Follower"]
+
+# fmt: off
+MOVING = frozenset((
+    "view", "_unsafe_view", "reshape", "transpose", "permute", "t", "flatten", "unflatten", "unsqueeze", "squeeze",
+    "select", "slice", "narrow", "expand", "chunk", "split", "split_with_sizes", "unbind", "roll", "flip", "movedim",
+    "pad", "constant_pad_nd", "repeat", "repeat_interleave", "pixel_shuffle", "stack", "index_select", "swapaxes",
+    "tile", "expand_as", "view_as", "tensor_split"
+))
+"""Operations that only move entries; they are done to labels as to values."""
+
+POOLING = frozenset((
+    "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "upsample_nearest2d",
+    "upsample_bilinear2d", "max_pool2d_with_indices"
+))
+REDUCING = frozenset((
+    "mean", "sum", "amax", "amin", "max", "min", "var", "std", "norm", "linalg_vector_norm", "prod", "logsumexp",
+    "argmax", "argmin"
+))
+SILENT = frozenset((
+    "dropout", "contiguous", "to", "clone", "alias", "detach", "lift_fresh_copy", "_to_copy", "type_as",
+    "feature_dropout"
+))
+"""Pointwise operations that do not count as something a unit passed through."""
+
+UNTAGGED = frozenset((
+    "softmax", "_softmax", "log_softmax", "gelu", "silu", "relu6", "hardtanh", "mish", "selu", "celu", "hardswish"
+))
+"""Operations that keep every entry in its place, though torch does not tag all of them as pointwise."""
+# fmt: on
+
+
+@dataclass(frozen=True)
+class Value:
+    """What is known of a value in the graph.
+
+    ``label`` is as the module's docstring says, ``parameter`` the name of the parameter that it is (moved, but not
+    combined with anything), ``scores`` the labels of the queries and keys whose products it holds.
+    """
+
+    label: Tensor
+    shape: tuple[int, ...]
+    through: tuple[str, ...] = ()
+    parameter: str | None = None
+    scores: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def has_units(self) -> bool:
+        return bool((self.label >= 0).any())
+
+
+class Follower:
+    """Walks a recorded graph and collects its steps."""
+
+    def __init__(self, program: Program):
+        self.program = program
+        self.values: dict[fx.Node, Any] = {}
+        self.steps: list[Step] = []
+        self.ties: list[Tensor] = []
+        self.fixed: list[Tensor] = []
+        self.count = 0
+        self.plain: dict[fx.Node, str] = {}
+
+    def walk(self) -> None:
+        """Follow every node in order."""
+        for node in self.program.graph.graph.nodes:
+            if node.op == "placeholder":
+                self._placeholder(node)
+            elif node.op == "call_function":
+                self.values[node] = self._call(node)
+                if _in_place(node):
+                    self.values[_args(node)[0]] = self.values[node]
+            elif node.op == "output":
+                self._output(node)
+            else:  # a sub-graph that a later node calls
+                self.values[node] = None
+
+    def found(self) -> tuple[tuple[Step, ...], Tensor, Tensor]:
+        """The steps with tables reduced to the axes on which their units vary, the ties, the fixed ids."""
+        ties = torch.cat([*self.ties, torch.empty(2, 0, dtype=torch.int64)], dim=1)
+        names, steps = self._reduced(ties)
+        ties = torch.cat([names[ties], *tied_places(steps)], dim=1)
+        fixed = torch.cat([*self.fixed, torch.empty(0, dtype=torch.int64)])
+        return tuple(steps), ties[:, ties[0] != ties[1]].unique(dim=1), names[fixed].unique()
+
+    def _reduced(self, ties: Tensor) -> tuple[Tensor, list[Step]]:
+        """Give the entries of a table that are one unit (its positions) one id, and drop those axes."""
+        roots = united(self.steps, ties)
+        names = torch.arange(self.count)
+        used = torch.zeros(self.count, dtype=torch.bool)
+        used[ties.flatten()] = True
+        for step in self.steps:
+            if isinstance(step, Source):
+                names[step.atoms.flatten()] = _one_unit(step.atoms, roots, used).flatten()
+        return names, [_shrunk(renamed(step, names)) for step in self.steps]
+
+    # -- leaves -----------------------------------------------------------------------------------------------
+
+    def _placeholder(self, node: fx.Node) -> None:
+        if node.name in self.program.names:
+            self.plain[node] = self.program.names[node.name]
+        value = node.meta.get("val")
+        self.values[node] = self._bare(value.shape) if isinstance(value, Tensor) else value
+
+    def _output(self, node: fx.Node) -> None:
+        for each in _nodes(_args(node)):
+            value = self.values[each]
+            if isinstance(value, Value) and value.has_units:
+                atoms = value.label[value.label >= 0]
+                self.fixed.append(atoms)
+                self.steps.append(Sink(each.name, atoms))
+
+    def _bare(self, shape: Sequence[int]) -> Value:
+        return Value(torch.full((1,) * len(shape), -1), tuple(shape))
+
+    def _fresh(self, *shape: int) -> Tensor:
+        size = torch.Size(shape).numel()
+        self.count += size
+        return torch.arange(self.count - size, self.count).view(*shape)
+
+    def _value(self, node: fx.Node) -> Any:
+        """A node's value; a parameter that is used as one becomes a source of units."""
+        name = self.plain.get(node)
+        if name is None or not isinstance(node.meta.get("val"), Tensor):
+            return self.values[node]
+        is_parameter = name in dict(self.program.model.named_parameters(remove_duplicate=False))
+        found = self.values[node]
+        if is_parameter and not found.has_units:
+            label = self._fresh(*found.shape)
+            found = replace(found, label=label, parameter=name)
+            self.values[node] = found
+            self.steps.append(Source(node.name, name, label))
+        return found
+
+    # -- operations -------------------------------------------------------------------------------------------
+
+    def _call(self, node: fx.Node) -> Any:
+        name = _name(node)
+        rule = RULES.get(name)
+        if rule is not None:
+            return rule(self, node)
+        if not any(self._carries(each) for each in node.all_input_nodes):
+            return self._unlabelled(node)
+        if name in MOVING:
+            return self._moved(node)
+        if name in POOLING:
+            return self._pooled(node)
+        if name in REDUCING:
+            return self._reduced_axes(node)
+        if _keeps_places(node):
+            return self._pointwise(node)
+        return self._refuse(node, f"it uses {name}, which may mix units in a way that is not known")
+
+    def _carries(self, node: fx.Node) -> bool:
+        """Whether units arrive by ``node``."""
+        value = self._value(node)
+        return any(isinstance(each, Value) and each.has_units for each in _listed(value))
+
+    def _unlabelled(self, node: fx.Node) -> Any:
+        result = node.meta.get("val")
+        scores = [each for each in map(self._value, node.all_input_nodes) if isinstance(each, Value) and each.scores]
+        if len(scores) == 1 and isinstance(result, Tensor) and (_keeps_places(node) or _name(node) in MOVING):
+            return replace(scores[0], label=self._bare(result.shape).label, shape=tuple(result.shape))
+        if isinstance(result, list | tuple):
+            return [self._bare(each.shape) if isinstance(each, Tensor) else each for each in result]
+        return self._bare(result.shape) if isinstance(result, Tensor) else result
+
+    def _moved(self, node: fx.Node) -> Any:
+        inputs = [self._value(each) for each in node.all_input_nodes]
+        origin = next(each for value in inputs for each in _listed(value) if isinstance(each, Value) and each.has_units)
+        arguments = fx.node.map_arg(_args(node), lambda each: _ids(self._value(each)))
+        keywords = dict(fx.node.map_arg(node.kwargs, lambda each: _ids(self._value(each))))
+        if _name(node) in ("pad", "constant_pad_nd"):
+            arguments, keywords = (*arguments[:2], *(("constant",) if _name(node) == "pad" else ()), -1), {}
+        result = cast(Callable[..., Any], node.target)(*arguments, **keywords)
+        if isinstance(result, list | tuple):
+            return [replace(origin, label=_collapsed(each), shape=tuple(each.shape)) for each in result]
+        return replace(origin, label=_collapsed(result), shape=tuple(result.shape))
+
+    def _getitem(self, node: fx.Node) -> Any:
+        return self._value(_args(node)[0])[_args(node)[1]]
+
+    def _pooled(self, node: fx.Node) -> Any:
+        value = self._value(_args(node)[0])
+        axes = 3 if "3d" in _name(node) else 2 if "2d" in _name(node) else 1
+        if any(size > 1 for size in value.label.shape[-axes:]):
+            self._refuse(node, "it pools over an axis that counts units")
+        results = [
+            replace(value, shape=tuple(each.shape), through=(*value.through, _name(node)))
+            for each in _listed(node.meta["val"])
+        ]
+        return results if isinstance(node.meta["val"], list | tuple) else results[0]
+
+    def _reduced_axes(self, node: fx.Node) -> Any:
+        value = self._value(_args(node)[0])
+        axes = _args(node)[1] if len(_args(node)) > 1 else node.kwargs.get("dim")
+        every = list(range(value.label.dim()))
+        chosen = every if axes is None or axes == [] else [each % len(every) for each in _listed(axes)]
+        result = _listed(node.meta["val"])[0]
+        if any(value.label.shape[axis] > 1 for axis in chosen):
+            return self._unlabelled(node)  # the same for every unit, whatever their order
+        keep = result.dim() == len(every)
+        label = (
+            value.label
+            if keep
+            else value.label.reshape([s for a, s in enumerate(value.label.shape) if a not in chosen])
+        )
+        found = replace(value, label=label, shape=tuple(result.shape), through=(*value.through, _name(node)))
+        return [found] * len(node.meta["val"]) if isinstance(node.meta["val"], list | tuple) else found
+
+    def _pointwise(self, node: fx.Node) -> Value:
+        operands = [self._value(each) for each in node.all_input_nodes]
+        operands = [each for each in operands if isinstance(each, Value)]
+        labelled = self._meeting(operands, node)
+        shape, name = tuple(node.meta["val"].shape), _name(node)
+        same = all(torch.equal(each.label, labelled[0].label) for each in labelled)
+        if same:
+            origin = max(labelled, key=lambda each: len(each.through))
+            passed = origin.through if name in SILENT or _is_linear(node) else (*origin.through, name)
+            parameter = origin.parameter if name in SILENT else None
+            return replace(origin, shape=shape, through=passed, parameter=parameter)
+        tables = [each for each in labelled if each.parameter]
+        if name == "mul" and len(tables) == 1 and len(labelled) == 2:
+            return self._scaled(node, tables[0], next(each for each in labelled if each is not tables[0]))
+        kind = {"add": "add", "sub": "add", "mul": "multiply", "div": "multiply"}
+        if name not in kind:
+            self._refuse(node, f"it combines different units by {name}")
+        return self._joined(node, kind[name], labelled)
+
+    def _meeting(self, operands: list[Value], node: fx.Node) -> list[Value]:
+        """The operands that carry units, with labels of one rank; fixes units that meet what has an order."""
+        rank = max(each.label.dim() for each in operands)
+        lifted = [
+            replace(each, label=_lifted(each.label, rank), shape=(1,) * (rank - len(each.shape)) + each.shape)
+            for each in operands
+        ]
+        labelled = [each for each in lifted if each.has_units]
+        found = []
+        for each in lifted:
+            others = [other for other in labelled if other is not each and not other.parameter]
+            crossed = [
+                axis
+                for other in others
+                for axis in range(rank)
+                if other.label.shape[axis] > 1 and each.label.shape[axis] == 1
+            ]
+            if not crossed:
+                found += [each] if each.has_units else []
+            elif any(each.shape[axis] > 1 for axis in crossed):
+                if each.has_units:
+                    self._refuse(node, "units along different axes meet")
+                self.fixed += [other.label[other.label >= 0] for other in labelled]
+            elif each.has_units:  # one number for all units of the others
+                self.fixed.append(each.label[each.label >= 0])
+        return self._tables_collapsed(found)
+
+    def _tables_collapsed(self, labelled: list[Value]) -> list[Value]:
+        """Take the axes of a table on which its partner's units do not vary (its positions) as one unit each."""
+        partners = [each for each in labelled if not each.parameter]
+        if not partners:
+            return labelled
+        found = []
+        for each in labelled:
+            label = each.label
+            for axis in range(label.dim()):
+                if each.parameter and label.shape[axis] > 1 and all(p.label.shape[axis] == 1 for p in partners):
+                    first = label.narrow(axis, 0, 1)
+                    self._tie(first.expand_as(label), label)
+                    label = first
+            found.append(replace(each, label=label))
+        return found
+
+    def _scaled(self, node: fx.Node, table: Value, value: Value) -> Value:
+        shape = torch.broadcast_shapes(table.label.shape, value.label.shape)
+        self._tie(table.label.expand(shape), value.label.expand(shape))
+        atoms = value.label.flatten()
+        source = next(step for step in self.steps if isinstance(step, Source) and step.parameter == table.parameter)
+        if source.atoms.numel() == atoms.numel() and source.atoms.dim() == 1:
+            self.steps.remove(source)
+            self.steps.append(
+                Norm(node.name, _path(node), "scale", {"weight": str(table.parameter)}, atoms, value.through)
+            )
+        return replace(value, shape=tuple(node.meta["val"].shape), through=(*value.through, "scale"))
+
+    def _joined(self, node: fx.Node, kind: str, labelled: list[Value]) -> Value:
+        shape = torch.broadcast_shapes(*(each.label.shape for each in labelled))
+        labels = [each.label.expand(shape) for each in labelled]
+        held = torch.stack([label >= 0 for label in labels]).any(dim=0)
+        writes = torch.full(shape, -1)
+        writes[held] = self._fresh(int(held.sum()))
+        for label in labels:
+            self._tie(label, writes)
+        nodes = [each for each in node.all_input_nodes if self._carries(each)]
+        self.steps.append(
+            Junction(node.name, _path(node), kind, tuple(labels), tuple(each.name for each in nodes), writes)
+        )
+        tables = all(each.parameter for each in labelled)
+        parameter = labelled[0].parameter if tables else None
+        return Value(writes, tuple(node.meta["val"].shape), parameter=parameter)
+
+    def _tie(self, first: Tensor, second: Tensor) -> None:
+        both = (first >= 0) & (second >= 0)
+        self.ties.append(torch.stack([first[both], second[both]]))
+
+    # -- layers -----------------------------------------------------------------------------------------------
+
+    def _linear(self, node: fx.Node) -> Value:
+        value, weight, bias = (*_args(node), None)[:3]
+        return self._weighted(node, value, weight, bias, output_axis=0)
+
+    def _addmm(self, node: fx.Node) -> Value:
+        bias, value, weight = _args(node)[:3]
+        if weight not in self.plain:
+            self._refuse(node, "a bias is added to a product of two activations")
+        return self._weighted(node, value, weight, bias, output_axis=1)
+
+    def _weighted(self, node: fx.Node, value: Any, weight: Any, bias: Any, output_axis: int) -> Value:
+        """A linear layer over the last axis."""
+        arriving = self._value(value)
+        reads = self._along(arriving, -1, node)
+        rank, size = arriving.label.dim(), weight.meta["val"].shape[output_axis]
+        writes = self._fresh(size)
+        self.steps.append(
+            Layer(
+                node.name,
+                _path(node),
+                "linear",
+                self._named(weight, node),
+                None if bias is None else self._named(bias, node),
+                output_axis,
+                1 - output_axis,
+                reads,
+                writes,
+                arriving.through,
+            )
+        )
+        return Value(writes.view(*(1,) * (rank - 1), -1), tuple(node.meta["val"].shape))
+
+    def _convolution(self, node: fx.Node) -> Value:
+        value, weight, bias = (*_args(node), None)[:3]
+        bias = node.kwargs.get("bias", bias)
+        transposed = "transpose" in _name(node)
+        groups = _argument(node, "groups", 1)
+        arriving = self._value(value)
+        reads = self._along(arriving, 1, node)
+        depthwise = groups == len(reads) == weight.meta["val"].shape[0] and groups > 1 and not transposed
+        if groups > 1 and transposed:
+            self._refuse(node, "it is a transposed convolution in groups")
+        outputs = weight.meta["val"].shape[1 if transposed else 0]
+        writes = reads if depthwise else self._fresh(outputs)
+        if groups > 1 and not depthwise:
+            self.fixed += [reads[reads >= 0], writes]
+        self.steps.append(
+            Layer(
+                node.name,
+                _path(node),
+                "depthwise" if depthwise else "convolution",
+                self._named(weight, node),
+                None if bias is None else self._named(bias, node),
+                1 if transposed else 0,
+                None if depthwise else 0 if transposed else 1,
+                reads,
+                writes,
+                arriving.through,
+                groups,
+            )
+        )
+        shape = tuple(node.meta["val"].shape)
+        label = writes.view(1, -1, *(1,) * (len(shape) - 2))
+        return Value(label, shape, (*arriving.through, "depthwise") if depthwise else ())
+
+    def _embedding(self, node: fx.Node) -> Value:
+        weight = _args(node)[0]
+        shape = tuple(node.meta["val"].shape)
+        writes = self._fresh(shape[-1])
+        nothing = torch.empty(0, dtype=torch.int64)
+        name = self._named(weight, node)
+        self.steps.append(Layer(node.name, _path(node), "embedding", name, None, 1, None, nothing, writes))
+        return Value(writes.view(*(1,) * (len(shape) - 1), -1), shape)
+
+    def _norm(self, node: fx.Node) -> Value:
+        kind = {"batch_norm": "batch", "layer_norm": "layer", "rms_norm": "rms", "group_norm": "group"}[_name(node)]
+        value = self._value(_args(node)[0])
+        if not value.has_units:  # of raw inputs: its parameters keep the inputs' order
+            return self._unlabelled(node)
+        axis = 1 if kind in ("batch", "group") else -1
+        if kind in ("layer", "rms") and len(_args(node)[1]) != 1:
+            self._refuse(node, "it normalises over several axes")
+        atoms = self._along(value, axis, node)
+        if kind == "group":
+            self.fixed.append(atoms[atoms >= 0])  # its groups are blocks of neighbours
+        roles = {
+            "batch": {"weight": 1, "bias": 2, "running_mean": 3, "running_var": 4},
+            "layer": {"weight": 2, "bias": 3},
+            "rms": {"weight": 2},
+            "group": {"weight": 2, "bias": 3},
+        }[kind]
+        held = {
+            role: _args(node)[at] for role, at in roles.items() if len(_args(node)) > at and _args(node)[at] is not None
+        }
+        parameters = {role: self._named(each, node) for role, each in held.items()}
+        self.steps.append(Norm(node.name, _path(node), kind, parameters, atoms, value.through))
+        return replace(value, through=(*value.through, f"{kind}_norm"), parameter=None)
+
+    def _slope(self, node: fx.Node) -> Value:
+        """A leaky rectifier with learned slopes: one for all units, or one each."""
+        value, weight = self._value(_args(node)[0]), _args(node)[1]
+        if value.has_units and weight.meta["val"].numel() > 1:
+            atoms = self._along(value, 1, node)
+            names = {"weight": self._named(weight, node)}
+            self.steps.append(Norm(node.name, _path(node), "scale", names, atoms, value.through))
+        return replace(value, through=(*value.through, "prelu"), parameter=None)
+
+    def _matmul(self, node: fx.Node) -> Value:
+        first, second = _args(node)[-2:] if _name(node) == "baddbmm" else _args(node)[:2]
+        if second in self.plain and not self.values[second].has_units:
+            return self._weighted(node, first, second, None, output_axis=1)
+        left, right = self._value(first), self._value(second)
+        shape = tuple(node.meta["val"].shape)
+        if left.scores is not None and right.has_units:
+            return self._mixed(node, left.scores, right, shape)
+        if not left.has_units and not right.has_units:
+            return self._bare(shape)
+        if not (left.has_units and right.has_units):
+            known = left if left.has_units else right
+            contracted = known.label.shape[-1 if known is left else -2]
+            if contracted > 1:
+                self.fixed.append(known.label[known.label >= 0])
+                return self._bare(shape)
+            return replace(known, shape=shape)
+        key = right.label.transpose(-1, -2)
+        if left.label.shape[-1] != key.shape[-1] or left.label.shape[-2] > 1 or key.shape[-2] > 1:
+            self._refuse(node, "it multiplies two activations in a way that is not attention")
+        return replace(self._bare(shape), scores=(left.label, key))
+
+    def _mixed(self, node: fx.Node, scores: tuple[Tensor, Tensor], value: Value, shape: tuple[int, ...]) -> Value:
+        query, key = scores
+        self._attend(node, query, key, value.label)
+        return replace(value, shape=shape, through=())
+
+    def _scaled_attention(self, node: fx.Node) -> Value:
+        query, key, value = (self._value(each) for each in _args(node)[:3])
+        if not all(each.has_units for each in (query, key, value)):
+            self._refuse(node, "its queries, keys or values come from no layer")
+        self._attend(node, query.label, key.label, value.label)
+        return replace(value, shape=tuple(node.meta["val"].shape), through=())
+
+    def _attend(self, node: fx.Node, query: Tensor, key: Tensor, value: Tensor) -> None:
+        heads = max(each.shape[:-2].numel() for each in (query, key, value))
+        tables = [each.squeeze(-2).reshape(-1, each.shape[-1]) for each in (query, key, value)]
+        tables = [each.repeat_interleave(heads // len(each), 0) for each in tables]
+        rows = dict.fromkeys(zip(*(map(tuple, each.tolist()) for each in tables), strict=True))
+        query, key, value = (torch.tensor(each) for each in zip(*rows, strict=True))
+        self._tie(query, key)
+        self.steps.append(Attention(node.name, _path(node), query, key, value))
+
+    def _concatenated(self, node: fx.Node) -> Any:
+        """Along an axis of units, their union; along tokens, a junction."""
+        parts = [self._value(each) for each in _args(node)[0]]
+        if not any(each.has_units for each in parts):
+            return self._unlabelled(node)
+        axis = (_args(node)[1] if len(_args(node)) > 1 else node.kwargs.get("dim", 0)) % parts[0].label.dim()
+        shapes = {tuple(s for a, s in enumerate(each.label.shape) if a != axis) for each in parts}
+        side_by_side = all(each.label.shape[axis] == 1 and each.has_units for each in parts)
+        tables = [each for each in parts if each.parameter]
+        if side_by_side and len(tables) < len(parts) and (len(shapes) == 1) and any(s > 1 for s in next(iter(shapes))):
+            same = all(torch.equal(each.label, parts[0].label) for each in parts)
+            return (
+                replace(parts[0], shape=tuple(node.meta["val"].shape))
+                if same
+                else self._joined(node, "concatenate", parts)
+            )
+        return self._moved(node)
+
+    def _indexed(self, node: fx.Node) -> Value:
+        value, indices = self._value(_args(node)[0]), _args(node)[1]
+        count = len(indices)
+        if any(size > 1 for size in value.label.shape[:count]) or any(each is None for each in indices):
+            if value.has_units:
+                self._refuse(node, "it picks units by computed indices")
+            return self._bare(node.meta["val"].shape)
+        shape = tuple(node.meta["val"].shape)
+        return replace(value, label=_lifted(value.label.reshape(value.label.shape[count:]), len(shape)), shape=shape)
+
+    def _ignored(self, node: fx.Node) -> None:
+        return None
+
+    # -- pieces -----------------------------------------------------------------------------------------------
+
+    def _along(self, value: Value, axis: int, node: fx.Node) -> Tensor:
+        """The ids along one axis, where they vary along no other."""
+        axis %= value.label.dim()
+        if any(size > 1 for other, size in enumerate(value.label.shape) if other != axis):
+            self._refuse(node, "the units that arrive are spread over several axes")
+        return value.label.flatten().expand(value.shape[axis])
+
+    def _named(self, node: Any, user: fx.Node) -> str:
+        if node not in self.plain:
+            self._refuse(user, "its weight is computed from others")
+        return self.plain[node]
+
+    def _refuse(self, node: fx.Node, reason: str) -> NoReturn:
+        path = _path(node)
+        try:
+            module = self.program.model.get_submodule(path)
+        except AttributeError:
+            module = self.program.model
+        raise UnsupportedModuleError(path, module, reason, instead="write that part with operations etude can follow")
+
+
+RULES: dict[str, Callable[[Follower, fx.Node], Any]] = {
+    "linear": Follower._linear,
+    "addmm": Follower._addmm,
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), Follower._convolution),
+    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), Follower._convolution),
+    "embedding": Follower._embedding,
+    "prelu": Follower._slope,
+    **dict.fromkeys(("batch_norm", "layer_norm", "rms_norm", "group_norm"), Follower._norm),
+    **dict.fromkeys(("matmul", "bmm", "mm", "baddbmm"), Follower._matmul),
+    "scaled_dot_product_attention": Follower._scaled_attention,
+    "cat": Follower._concatenated,
+    "index": Follower._indexed,
+    "getitem": Follower._getitem,
+    "_assert_tensor_metadata": Follower._ignored,
+}
+"""Operations with a rule of their own, by the name torch gives them."""
+
+
+def _name(node: fx.Node) -> str:
+    """An operation's bare name, the same in place or not."""
+    if node.target is operator.getitem:
+        return "getitem"
+    packet = getattr(node.target, "overloadpacket", None)
+    return str(getattr(packet, "__name__", getattr(node.target, "__name__", node.target))).rstrip("_")
+
+
+def _args(node: fx.Node) -> tuple[Any, ...]:
+    """A node's positional arguments."""
+    return node.args
+
+
+def _in_place(node: fx.Node) -> bool:
+    """Whether an operation writes its result over its first argument."""
+    return str(getattr(getattr(node.target, "overloadpacket", None), "__name__", "")).endswith("_")
+
+
+def _keeps_places(node: fx.Node) -> bool:
+    """Whether an operation leaves every entry where it is."""
+    tagged = torch.Tag.pointwise in getattr(node.target, "tags", ())
+    return _name(node) in SILENT or _name(node) in UNTAGGED or tagged
+
+
+def _path(node: fx.Node) -> str:
+    """The path of the innermost module whose forward made ``node``."""
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    return str(stack[-1][0]) if stack else ""
+
+
+def _argument(node: fx.Node, name: str, default: Any) -> Any:
+    """An argument of an operation by its name in the operation's schema."""
+    if name in node.kwargs:
+        return node.kwargs[name]
+    for at, argument in enumerate(cast(Any, node.target)._schema.arguments):
+        if argument.name == name:
+            return _args(node)[at] if len(_args(node)) > at else default
+    return default
+
+
+def _is_linear(node: fx.Node) -> bool:
+    """Whether a pointwise operation only scales or shifts by numbers."""
+    return _name(node) in ("add", "sub", "mul", "div", "neg") and len(node.all_input_nodes) == 1
+
+
+def _ids(value: Any) -> Any:
+    """A value's label at the value's full size."""
+    if isinstance(value, Value):
+        return value.label.expand(value.shape).contiguous()
+    return [_ids(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def _collapsed(label: Tensor) -> Tensor:
+    """Reduce axes along which nothing varies to size 1."""
+    for axis, size in enumerate(label.shape):
+        first = label.narrow(axis, 0, min(size, 1))
+        if size > 1 and bool((label == first).all()):
+            label = first
+    return label.contiguous()
+
+
+def _one_unit(atoms: Tensor, roots: Tensor, used: Tensor) -> Tensor:
+    """For each entry of a table, one id of the entries that are the same unit.
+
+    Along an axis on which the entries in use are tied (positions, of which a short input uses the first only), all
+    entries are the unit of the first in use.
+    """
+    for axis in range(atoms.dim()):
+        in_use = used[atoms]
+        first = atoms.gather(axis, in_use.long().argmax(axis, keepdim=True))
+        if bool((~in_use | (roots[atoms] == roots[first])).all()):
+            atoms = first.expand_as(atoms)
+    return atoms
+
+
+def _lifted(label: Tensor, rank: int) -> Tensor:
+    return label.reshape((1,) * (rank - label.dim()) + label.shape)
+
+
+def _shrunk(step: Step) -> Step:
+    return replace(step, atoms=_collapsed(step.atoms)) if isinstance(step, Source) else step
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _nodes(arguments: Any) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.node.map_arg(arguments, found.append)
+    return found
