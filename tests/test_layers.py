@@ -33,7 +33,7 @@ def test_the_layers_hold():
 def test_an_arrow_upward_fails(tmp_path, monkeypatch, module, imports, broken):
     """The same layers over a small house with one import."""
     package = tmp_path / "house"
-    rooms = ["cli", "studies", "lab", "compare", "compress", "train", "models", "data", "core"]
+    rooms = ["cli", "studies", "lab", "compare", "compress", "merge", "train", "models", "data", "core"]
     for room in rooms:
         (package / room).mkdir(parents=True)
         (package / room / "__init__.py").write_text(imports if room == module else "")

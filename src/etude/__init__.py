@@ -4,7 +4,7 @@ Sub-packages load on first use, so ``import etude`` costs next to nothing:
 
 >>> import etude
 >>> sorted(etude.__all__)
-['compare', 'compress', 'core', 'data', 'lab', 'models', 'train']
+['compare', 'compress', 'core', 'data', 'lab', 'merge', 'models', 'train']
 """
 
 from etude._lazy import attach
@@ -12,5 +12,5 @@ from etude._lazy import attach
 __version__ = "0.1.0"
 
 __getattr__, __dir__, __all__ = attach(
-    __name__, modules=["compare", "compress", "core", "data", "lab", "models", "train"]
+    __name__, modules=["compare", "compress", "core", "data", "lab", "merge", "models", "train"]
 )

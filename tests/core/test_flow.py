@@ -308,6 +308,21 @@ def test_a_recurrent_layer_is_refused():
         trace(Recurrent(), torch.randn(2, 5, 3))
 
 
+@pytest.mark.parametrize("extra", [{"add_zero_attn": True}])
+def test_attention_to_extra_keys_is_refused(extra):
+    class Extra(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.attend = nn.Linear(3, 8), nn.MultiheadAttention(8, 2, batch_first=True, **extra)
+
+        def forward(self, x):
+            x = self.embed(x)
+            return self.attend(x, x, x, need_weights=False)[0]
+
+    with pytest.raises(UnsupportedModuleError, match="attend"):
+        trace(Extra(), torch.randn(2, 5, 3))
+
+
 def test_input_errors():
     model = nn.Linear(4, 2)
     with pytest.raises(InputError, match="cannot record"):

@@ -4,5 +4,20 @@ from etude._lazy import attach
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
-    names={"prune": ["Masks", "Ticket", "lottery_ticket", "magnitude_prune", "prunable", "random_masks_like"]},
+    modules=["quantize"],
+    names={
+        "nested": [
+            "Depth",
+            "Heads",
+            "SharedExitLoss",
+            "Size",
+            "SortedStep",
+            "SubnetSpace",
+            "Width",
+            "exit_early",
+            "recalibrate",
+            "speculate",
+        ],
+        "prune": ["Masks", "Ticket", "lottery_ticket", "magnitude_prune", "prunable", "random_masks_like"],
+    },
 )

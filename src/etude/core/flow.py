@@ -129,19 +129,17 @@ class Flow:
         Raises:
             InputError: at the first step that differs.
         """
-        if len(self.steps) != len(other.steps):
+        pairs = zip(map(_signature, self.steps), map(_signature, other.steps), strict=False)
+        differing = next(((mine, others) for mine, others in pairs if mine != others), None)
+        lengths = len(self.steps), len(other.steps)
+        if differing is not None or lengths[0] != lengths[1]:
+            counts = f"their graphs have {lengths[0]} and {lengths[1]} steps" if lengths[0] != lengths[1] else ""
+            first = f"one computes {differing[0]} where the other has {differing[1]}" if differing else ""
             raise InputError(
-                f"their graphs have {len(self.steps)} and {len(other.steps)} steps",
+                ": ".join(filter(None, (counts, first))),
                 where="models",
                 instead="give models of one architecture and depth",
             )
-        for mine, others in zip(self.steps, other.steps, strict=True):
-            if _signature(mine) != _signature(others):
-                raise InputError(
-                    f"one computes {_signature(mine)} where the other has {_signature(others)}",
-                    where="models",
-                    instead="give models of one architecture and depth",
-                )
 
 
 def trace(model: nn.Module, inputs: Inputs) -> Flow:

@@ -470,6 +470,8 @@ class Follower:
         heads = max(each.shape[:-2].numel() for each in (query, key, value))
         tables = [each.squeeze(-2).reshape(-1, each.shape[-1]) for each in (query, key, value)]
         tables = [each.repeat_interleave(heads // len(each), 0) for each in tables]
+        if len({len(each) for each in tables}) > 1 or any((each < 0).any() for each in tables):
+            self._refuse(node, "its queries, keys and values do not pair head by head")
         rows = dict.fromkeys(zip(*(map(tuple, each.tolist()) for each in tables), strict=True))
         query, key, value = (torch.tensor(each) for each in zip(*rows, strict=True))
         self._tie(query, key)

@@ -166,7 +166,7 @@ def _check_plain(model: nn.Module) -> None:
                 path,
                 module,
                 "its weights are parametrized",
-                instead="make them plain first: etude.core.params.bare_state gives a masked model's weights, "
+                instead="make them plain first: etude.core.params.bake_masks for a masked model, "
                 "torch.nn.utils.parametrize.remove_parametrizations those of any other",
             )
 

@@ -1,0 +1,158 @@
+"""Numbers in which modules write their own shape down, and what they become when units are cut off."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from etude.compress.nested.attention import PartialAttention
+from etude.compress.nested.axes import Heads
+from etude.core.checks import InputError, UnsupportedModuleError
+from etude.core.steps import Attention, Layer, Norm, Step
+
+__all__ = ["HeadCount", "between", "owner", "partial_attention", "told"]
+
+HEAD_COUNTS = ("heads", "num_heads", "num_attention_heads", "n_heads", "n_head", "nhead")
+KEY_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head")
+HEAD_SIZES = ("all_head_size", "split_size", "inner_dim", "attn_dim", "attention_dim")
+"""What attention modules call their number of heads, of heads of keys, and the width of all heads together."""
+
+
+@dataclass(frozen=True)
+class HeadCount:
+    """The numbers in which modules around one attention write its heads down."""
+
+    counts: tuple[tuple[str, str], ...]
+    key_counts: tuple[tuple[str, str], ...]
+    sizes: tuple[tuple[str, str], ...]
+    heads: int
+    key_heads: int
+    dim: int
+
+    @classmethod
+    def find(cls, model: nn.Module, path: str, step: Attention, axis: Heads) -> "HeadCount":
+        """Look them up in every module from ``path`` down to the one that attends.
+
+        Raises:
+            InputError: if none has the attribute that the axis names.
+        """
+        (heads, dim), key_heads = step.query.shape, len(step.key.unique(dim=0))
+        around = [p for p, _ in model.named_modules() if between(path, p, step.path)]
+        known = (axis.count,) if axis.count else HEAD_COUNTS
+
+        def named(names: tuple[str, ...], value: int) -> tuple[tuple[str, str], ...]:
+            return tuple((p, n) for p in around for n in names if vars(model.get_submodule(p)).get(n) == value)
+
+        counts = named(known, heads)
+        if axis.count and not counts:
+            raise InputError(
+                f"no module from {path!r} to {step.path!r} has an attribute {axis.count!r} that is {heads}",
+                where="Heads count",
+                instead="name the attribute that counts heads",
+            )
+        return cls(counts, named(KEY_COUNTS, key_heads), named(HEAD_SIZES, heads * dim), heads, key_heads, dim)
+
+    def attributes(self, choice: int) -> dict[tuple[str, str], Any]:
+        """What becomes of them when ``choice`` heads stay."""
+        if choice == self.heads:
+            return {}
+        return {
+            **dict.fromkeys(self.counts, choice),
+            **dict.fromkeys(self.key_counts, choice * self.key_heads // self.heads),
+            **dict.fromkeys(self.sizes, choice * self.dim),
+        }
+
+
+def between(upper: str, path: str, lower: str) -> bool:
+    """Whether ``path`` lies on the way from ``upper`` down to ``lower``."""
+    return f"{path}.".startswith(f"{upper}." if upper else "") and f"{lower}.".startswith(f"{path}." if path else "")
+
+
+def owner(step: Layer, names: Mapping[str, list[str]]) -> str:
+    """The module that holds the weight of a layer: of several that share it, the one that computes."""
+    owners = [use.rpartition(".")[0] for use in names[step.weight]]
+    return step.path if step.path in owners else owners[0]
+
+
+def told(step: Step, staying: Tensor, model: nn.Module, names: Mapping[str, list[str]]) -> dict[tuple[str, str], Any]:
+    """The attributes in which the module of a step writes its shape down, where they change."""
+    if isinstance(step, Layer):
+        path = owner(step, names)
+        found = _layer_attributes(step, staying, model, path)
+    elif isinstance(step, Norm):
+        path = step.path
+        found = _norm_attributes(step, staying[step.atoms], model)
+    else:
+        return {}
+    known = vars(model.get_submodule(path))
+    return {(path, name): value for name, value in found.items() if name in known and known[name] != value}
+
+
+def _layer_attributes(step: Layer, staying: Tensor, model: nn.Module, path: str) -> dict[str, Any]:
+    module = model.get_submodule(path)
+    reads, writes = staying[step.reads], staying[step.writes]
+    arriving, leaving = int(reads.sum()), int(writes.sum())
+    if isinstance(module, nn.Linear):
+        return {"in_features": arriving, "out_features": leaving}
+    if isinstance(module, nn.modules.conv._ConvNd):
+        groups = leaving if step.kind == "depthwise" else _whole_groups(module, path, step, reads, writes)
+        return {"in_channels": arriving, "out_channels": leaving, "groups": groups}
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return {"embedding_dim": leaving}
+    if type(module).__name__ == "Conv1D":  # of transformers
+        return {"nx": arriving, "nf": leaving}
+    return {}
+
+
+def _whole_groups(module: nn.Module, path: str, step: Layer, reads: Tensor, writes: Tensor) -> int:
+    """How many groups of a convolution stay."""
+    if step.groups == 1:
+        return 1
+    arriving, leaving = reads.view(step.groups, -1), writes.view(step.groups, -1)
+    whole = arriving.all(1) | ~arriving.any(1)
+    whole &= leaving.all(1) | ~leaving.any(1)
+    if not whole.all() or not torch.equal(arriving.all(1), leaving.all(1)):
+        raise UnsupportedModuleError(
+            path,
+            module,
+            f"a size keeps {int(reads.sum())} of its {reads.numel()} inputs and {int(writes.sum())} of its "
+            f"{writes.numel()} outputs, which are not the same of its {step.groups} groups",
+            instead="cut its inputs and outputs alike and by whole groups, by one axis counted in parts",
+        )
+    return int(leaving.all(1).sum())
+
+
+def _norm_attributes(step: Norm, kept: Tensor, model: nn.Module) -> dict[str, Any]:
+    module, width = model.get_submodule(step.path), int(kept.sum())
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        return {"normalized_shape": (width,)}
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return {"num_features": width}
+    if isinstance(module, nn.GroupNorm):
+        groups = kept.view(module.num_groups, -1)
+        if not (groups.all(1) | ~groups.any(1)).all():
+            raise UnsupportedModuleError(
+                step.path,
+                module,
+                f"a size keeps {width} of its {kept.numel()} channels, which splits one of its "
+                f"{module.num_groups} groups",
+                instead=f"give multiples of {groups.shape[1]} channels",
+            )
+        return {"num_channels": width, "num_groups": int(groups.all(1).sum())}
+    return {}
+
+
+def partial_attention(model: nn.Module, cuts: Iterable[str]) -> dict[tuple[str, str], Any]:
+    """Modules of torch whose forward takes for granted that all heads together are as wide as the stream."""
+    owners = {name.rpartition(".")[0] for name in cuts}
+    owners |= {path.rpartition(".")[0] for path in owners}
+    found: dict[tuple[str, str], Any] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention) and path in owners:
+            PartialAttention.check(path, module)
+            found[path, "__class__"] = PartialAttention
+            # Sends nn.TransformerEncoderLayer through the forward rather than past it.
+            found[path, "_qkv_same_embed_dim"] = False
+    return found

@@ -1,0 +1,476 @@
+"""All sub-networks of a model: list, draw, run, measure, choose and take them out."""
+
+import copy
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+
+from etude.compress.nested.axes import Axis, Size
+from etude.compress.nested.runtime import Runtime
+from etude.compress.nested.sampling import NAMED, RATIO, Distribution, chances, draw
+from etude.compress.nested.selection import (
+    Score,
+    admissible,
+    count_flops,
+    maximal,
+    measure_latency,
+    smallest_within,
+)
+from etude.compress.nested.slicing import Plan, Slicer, region
+from etude.compress.nested.stacks import Stack, evaluating, tensors
+from etude.compress.nested.statistics import batch_norms, claim_own, recalibrate
+from etude.core.checks import InputError, UnsupportedModuleError, check_one_of, nearest
+from etude.core.recording import Inputs, arguments
+
+__all__ = ["SubnetSpace"]
+
+NESTINGS = ("grid", "chain")
+STATISTICS = ("shared", "own")
+TRIED = 10
+"""Random sizes that are run at construction, besides the smallest and the full one."""
+
+
+class SubnetSpace:
+    r"""The nested sub-networks :math:`\theta_b` of one model.
+
+    Along each axis a sub-network keeps the first entries; the rest of the model's tensors, that read or normalise
+    them, follow. Nothing is copied and nothing is added to the model (but ``statistics="own"``): `activate` makes it
+    compute as a sub-network on views of its own tensors, into which gradients flow.
+
+    Args:
+        model: any module; where an axis counts units or heads, one that `etude.core.flow.trace` can follow.
+        axes: `Depth`, `Heads` and `Width` by names of your choice.
+        inputs: an example batch: a tensor, a tuple of positional or a dict of keyword arguments.
+        nesting: ``grid``: every combination of choices; ``chain``: the first choices of all axes together, then the
+            second ones, and so on (choices may then repeat).
+        statistics: of batch normalisation: ``shared`` keeps only the full network's; sub-networks normalise by the
+            batch in training and are measured anew by `extract` or `evaluate`; ``own`` registers buffers in which each
+            size has its own (switchable batch norm, Yu et al. 2019). The paper does not say which it used.
+
+    Raises:
+        InputError: for axes that do not fit the model, before it is run.
+        UnsupportedModuleError: for a module that cannot run on part of its units; it names the module. Found by
+            running the smallest, the full and ten random sizes.
+
+    Valipour et al., SortedNet, 2023.
+
+    >>> from etude.compress import Width
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> space = SubnetSpace(model, {"hidden": Width("0", [2, 4, 8])}, inputs=torch.zeros(3, 4))
+    >>> [(size["hidden"], space.parameters(size)) for size in space]
+    [(2, 16), (4, 30), (8, 58)]
+    >>> with space.activate({"hidden": 2}):
+    ...     model[0].weight.shape
+    torch.Size([2, 4])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        axes: Mapping[str, Axis],
+        *,
+        inputs: Inputs,
+        nesting: str = "grid",
+        statistics: str = "shared",
+    ):
+        check_one_of("nesting", nesting, NESTINGS)
+        check_one_of("statistics", statistics, STATISTICS)
+        _check_axes(axes, nesting)
+        arguments(inputs)
+        self.axes, self.nesting, self.inputs = dict(axes), nesting, inputs
+        self._sizes = _sizes(self.axes, nesting)
+        self._slicer = Slicer(model, self.axes, inputs)
+        self._plans: dict[Size, Plan] = {}
+        self._flops: dict[Size, int] = {}
+        self._own = statistics == "own"
+        self._attach(model)
+        for name, axis in self.axes.items():
+            for choice in axis.choices if nesting == "grid" else ():
+                self._plan(self.size({name: choice}))  # refuses to split what must stay whole
+        self._try_out()
+
+    def _attach(self, model: nn.Module) -> None:
+        self.model = model
+        if self._own:
+            claim_own(model, len(self) - 1)
+        self._runtime = Runtime(model, self._slicer.names)
+
+    def on(self, model: nn.Module) -> "SubnetSpace":
+        """The same space over another model of the same structure, e.g. a copy."""
+        if {n: tuple(v.shape) for n, v in model.named_parameters()} != {
+            n: tuple(v.shape) for n, v in self.model.named_parameters()
+        }:
+            raise InputError("its parameters differ", where="model", instead="give a model of the same structure")
+        found = copy.copy(self)
+        found._attach(model)
+        return found
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SubnetSpace":
+        return self.on(copy.deepcopy(self.model, memo))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_runtime"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._runtime = Runtime(self.model, self._slicer.names)
+
+    # -- sizes ------------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def __iter__(self) -> Iterator[Size]:
+        """All sizes; a smaller one never comes after one it lies within."""
+        return iter(self._sizes)
+
+    def __contains__(self, size: object) -> bool:
+        return size in self._places
+
+    @property
+    def _places(self) -> Mapping[Size, int]:
+        found = vars(self).get("_index")
+        if found is None:
+            found = self._index = {size: index for index, size in enumerate(self._sizes)}
+        return found
+
+    @property
+    def full(self) -> Size:
+        """The size of the model itself."""
+        return self._sizes[-1]
+
+    @property
+    def smallest(self) -> Size:
+        """The size that lies within all others."""
+        return self._sizes[0]
+
+    def size(self, size: Mapping[str, int] | None = None, /, **choices: int) -> Size:
+        """The size with these choices, all other axes at their full one.
+
+        Raises:
+            InputError: for an unknown axis, or a choice that is not among the space's.
+        """
+        given = {**(size or {}), **choices}
+        if isinstance(size, Size) and not choices and size in self:
+            return size
+        for axis in given:
+            if axis not in self.axes:
+                raise InputError("no such axis", where=f"axis {axis!r}", instead=nearest(axis, self.axes))
+        found = Size({**self.full, **given})
+        if found not in self:
+            listed = {axis: list(dict.fromkeys(self.axes[axis].choices)) for axis in given}
+            raise InputError(f"got {found}", where="size", instead=f"choices are {listed}, nested as a {self.nesting}")
+        return found
+
+    def rank(self, size: Mapping[str, int]) -> int:
+        """How many steps a size lies above the smallest, counted over all axes."""
+        chosen = self.size(size)
+        return sum(list(dict.fromkeys(axis.choices)).index(chosen[name]) for name, axis in self.axes.items())
+
+    def stacks(self, axis: str) -> tuple[Stack, ...]:
+        """The stacks of blocks that an axis of `Depth` shortens."""
+        return self._slicer.stacks[axis]
+
+    def line(self) -> list[Size]:
+        """Nested sizes from the smallest to the full one: the chain itself, or the grid's diagonal."""
+        if self.nesting == "chain":
+            return list(self)
+        steps = max(len(axis.choices) for axis in self.axes.values())
+        found: dict[Size, None] = {}
+        for step in range(steps):
+            share = step / max(steps - 1, 1)
+            picked = {n: axis.choices[round(share * (len(axis.choices) - 1))] for n, axis in self.axes.items()}
+            found[Size(picked)] = None
+        return list(found)
+
+    @overload
+    def sample(self, generator: torch.Generator, distribution: Distribution = ..., *, count: None = None) -> Size: ...
+    @overload
+    def sample(
+        self, generator: torch.Generator, distribution: Distribution = ..., *, count: int, replacement: bool = True
+    ) -> list[Size]: ...
+    def sample(
+        self,
+        generator: torch.Generator,
+        distribution: Distribution = "uniform",
+        *,
+        count: int | None = None,
+        replacement: bool = True,
+    ) -> Size | list[Size]:
+        """Draw a size, or ``count`` of them.
+
+        Args:
+            generator: CPU generator.
+            distribution: ``uniform`` (the paper's); ``always_full``: the first of ``count`` is the full size, the
+                others are uniform; ``proportional`` to the number of parameters; ``geometric``: each step up makes a
+                size 0.9 times as likely; or weights: a mapping from sizes, a sequence in the space's order, or a
+                function.
+            count: how many.
+            replacement: whether a size may be drawn twice.
+        """
+        wanted = 1 if count is None else count
+        certain = [self.full] if isinstance(distribution, str) and distribution == "always_full" else []
+        chance = self.probabilities(distribution)
+        drawn = draw(list(self), chance, wanted, generator=generator, replacement=replacement, certain=certain)
+        return drawn[0] if count is None else drawn
+
+    def probabilities(self, distribution: Distribution = "uniform") -> Tensor:
+        """The chance of each size in the space's order; of ``always_full`` that of the draws after the first."""
+        if not isinstance(distribution, str):
+            return chances(list(self), distribution)
+        name = check_one_of("distribution", distribution, NAMED)
+        if name == "proportional":
+            return chances(list(self), lambda size: float(self.parameters(size)))
+        return chances(list(self), lambda size: RATIO ** self.rank(size) if name == "geometric" else 1.0)
+
+    # -- costs ------------------------------------------------------------------------------------------------
+
+    def parameters(self, size: Mapping[str, int]) -> int:
+        """How many parameters a size has; shared ones count once."""
+        return sum(torch.Size(shape).numel() for shape in self._plan(self.size(size)).shapes.values())
+
+    def flops(self, size: Mapping[str, int]) -> int:
+        """Floating-point operations of one forward on the example inputs' first row; counted once."""
+        chosen = self.size(size)
+        if chosen not in self._flops:
+            with torch.no_grad(), self.activate(chosen):
+                self._flops[chosen] = count_flops(self.model, chosen_rows(self.inputs, torch.tensor([0])))
+        return self._flops[chosen]
+
+    def latency(self, size: Mapping[str, int], *, inputs: Inputs | None = None, repeats: int = 5) -> float:
+        """Median seconds of a forward on ``inputs``, by default the example's first row, as measured now."""
+        rows = chosen_rows(self.inputs, torch.tensor([0])) if inputs is None else inputs
+        with torch.no_grad(), self.activate(size):
+            return measure_latency(self.model, rows, repeats)
+
+    def masks(self, size: Mapping[str, int]) -> dict[str, Tensor]:
+        r"""For every parameter by its first name where :math:`\theta_b` lies in it: True inside."""
+        regions = self.regions(size)
+        found = {}
+        for name, value in self.model.named_parameters():
+            found[name] = torch.zeros(value.shape, dtype=torch.bool, device=value.device)
+            if name in regions:
+                found[name][regions[name]] = True
+        return found
+
+    def regions(self, size: Mapping[str, int]) -> dict[str, tuple[Any, ...]]:
+        """For the parameters that a size holds, by first name, an index of the part that it holds."""
+        plan = self._plan(self.size(size))
+        return {name: region(plan.ranges.get(name), self._slicer.shapes[name]) for name in plan.shapes}
+
+    # -- running ----------------------------------------------------------------------------------------------
+
+    def activate(self, size: Mapping[str, int]) -> AbstractContextManager[nn.Module]:
+        """While the ``with`` block runs, the model itself is the sub-network of ``size``.
+
+        Its parameters are views of its own tensors. Entered with gradients enabled, gradients land in the full
+        tensors; under `torch.no_grad` the views are kept for the next time, which makes switching cheap.
+
+        Raises:
+            InputError: for a size not in the space, or if one is active already.
+        """
+        chosen = self.size(size)
+        if self._runtime.active:
+            raise InputError("one is active already", where="activate", instead="leave its block first")
+        return self._runtime.switched(chosen, self._plan(chosen), self._row(chosen))
+
+    def extract(self, size: Mapping[str, int], calibration: Inputs | Iterable[Inputs] | None = None) -> nn.Module:
+        """A stand-alone copy of a sub-network with parameters of its own; only what it keeps is copied.
+
+        Args:
+            size: which.
+            calibration: inputs (see `recalibrate`) to measure running statistics of batch normalisation on; without
+                them a sub-network keeps the full network's, which do not fit it.
+        """
+        chosen = self.size(size)
+        if self._runtime.active:
+            raise InputError("a size is active", where="extract", instead="leave its block first")
+        network = self._runtime.extracted(chosen, self._plan(chosen), self._row(chosen))
+        return network if calibration is None else recalibrate(network, calibration)
+
+    def evaluate(
+        self,
+        metric: Score,
+        sizes: Iterable[Mapping[str, int]] | None = None,
+        *,
+        calibration: Inputs | Iterable[Inputs] | None = None,
+    ) -> dict[Size, float]:
+        """``metric(model)`` of each size, in evaluation mode and without gradients.
+
+        Args:
+            metric: takes the model and returns a number.
+            sizes: which; all by default.
+            calibration: as for `extract`; ignored by models without batch normalisation.
+        """
+        chosen = list(self) if sizes is None else [self.size(each) for each in sizes]
+        batches = None if calibration is None else _replayed(calibration)
+        return {size: self._scored(metric, size, batches) for size in chosen}
+
+    def _scored(self, metric: Score, size: Size, batches: Any = None) -> float:
+        if batches is not None and any(True for _ in batch_norms(self.model)):
+            network = self.extract(size, batches)
+            with evaluating(network):
+                return float(metric(network))
+        with evaluating(self.model), self.activate(size) as model:
+            return float(metric(model))
+
+    # -- choosing ---------------------------------------------------------------------------------------------
+
+    def select(
+        self,
+        *,
+        max_parameters: float | None = None,
+        max_flops: float | None = None,
+        max_latency: float | None = None,
+        score: Score | None = None,
+        calibration: Inputs | Iterable[Inputs] | None = None,
+    ) -> Size:
+        """The largest size within the budgets: the one of most parameters, without running any.
+
+        Where sizes are ordered, larger is better; so with a ``score`` only those that lie within no other admissible
+        size are tried, a line through the grid instead of all of it, and the best of them is returned.
+
+        Args:
+            max_parameters: number of parameters.
+            max_flops: operations of a forward (see `flops`).
+            max_latency: seconds of a forward (see `latency`).
+            score: ``score(model)``, higher is better.
+            calibration: as for `evaluate`.
+
+        Raises:
+            InputError: without a budget, or if not even the smallest size meets it.
+
+        >>> from etude.compress import Width
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> space = SubnetSpace(model, {"hidden": Width("0", [2, 4, 8])}, inputs=torch.zeros(3, 4))
+        >>> space.select(max_parameters=40)
+        Size(hidden=4)
+        """
+        if max_parameters is None and max_flops is None and max_latency is None:
+            raise InputError("got no budget", where="select", instead="give max_parameters, max_flops or max_latency")
+        found = admissible(
+            list(self),
+            {
+                "max_parameters": (max_parameters, self.parameters),
+                "max_flops": (max_flops, self.flops),
+                "max_latency": (max_latency, self.latency),
+            },
+        )
+        if score is None:
+            return max(found, key=lambda size: (self.parameters(size), self.rank(size)))
+        scores = self.evaluate(score, maximal(found), calibration=calibration)
+        return max(scores, key=lambda size: scores[size])
+
+    def shrink(self, score: Score, *, tolerance: float, calibration: Inputs | Iterable[Inputs] | None = None) -> Size:
+        """The smallest size, walking down `line` from the full one, that still scores within ``tolerance`` of it."""
+        batches = None if calibration is None else _replayed(calibration)
+        return smallest_within(self.line(), lambda size: self._scored(score, size, batches), tolerance)
+
+    # -- pieces -----------------------------------------------------------------------------------------------
+
+    def _plan(self, size: Size) -> Plan:
+        if size not in self._plans:
+            self._plans[size] = self._slicer.plan(size, self.model)
+        return self._plans[size]
+
+    def _row(self, size: Size) -> int | None:
+        """Which of the sizes' own statistics are a size's; the full one has the model's."""
+        return self._places[size] if self._own and size != self.full else None
+
+    def _try_out(self) -> None:
+        """Run some sizes, so that what cannot be cut is found before training."""
+        generator = torch.Generator().manual_seed(0)
+        random = [self._sizes[i] for i in torch.randperm(len(self), generator=generator)[:TRIED].tolist()]
+        wanted = None
+        with evaluating(self.model):
+            for size in dict.fromkeys([self.full, self.smallest, *random]):
+                found = self._shapes(size)
+                wanted = found if wanted is None else wanted
+                if found != wanted:
+                    raise UnsupportedModuleError(
+                        "",
+                        self.model,
+                        f"at {size} it returns tensors of {found}, in full of {wanted}",
+                        instead="cut no width that the model returns",
+                    )
+
+    def _shapes(self, size: Size) -> list[tuple[int, ...]]:
+        """Shapes of what a size returns."""
+        positional, keywords = arguments(self.inputs)
+        running: list[str] = []
+        hooks = []
+        for path, module in self.model.named_modules():
+            hooks.append(module.register_forward_pre_hook(lambda _, __, path=path: running.append(path)))
+            hooks.append(module.register_forward_hook(lambda *_: running.pop() and None))
+        try:
+            with self.activate(size):
+                output = self.model(*positional, **keywords)
+        except InputError:
+            raise
+        except Exception as error:
+            path = running[-1] if running else ""
+            raise UnsupportedModuleError(
+                path,
+                self.model.get_submodule(path),
+                f"it cannot run at {size}: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+                instead="leave its width uncut, or write it so that it reads shapes off its input",
+            ) from error
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [tuple(each.shape) for each in _outputs(output)]
+
+
+def chosen_rows(value: Any, rows: Tensor) -> Any:
+    """The chosen examples of a batch: of every tensor in it that is as long as the first."""
+    length = next((len(each) for each in tensors(value) if each.dim()), 0)
+
+    def one(part: Any) -> Any:
+        if isinstance(part, Tensor):
+            return part[rows.to(part.device)] if part.dim() and len(part) == length else part
+        if isinstance(part, Mapping):
+            return {name: one(each) for name, each in part.items()}
+        return type(part)(map(one, part)) if isinstance(part, tuple | list) else part
+
+    return one(value)
+
+
+def _outputs(value: Any) -> list[Tensor]:
+    """The tensors that a model returns, as far as they have one shape for all its sub-networks."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        return [value["logits"]] if isinstance(value.get("logits"), Tensor) else []
+    return [each for each in value if isinstance(each, Tensor)] if isinstance(value, tuple | list) else []
+
+
+def _replayed(calibration: Inputs | Iterable[Inputs]) -> Inputs | list[Inputs]:
+    """Calibration that can be gone through for every size, where an iterator was given."""
+    return calibration if isinstance(calibration, Tensor | tuple | dict | list) else list(calibration)
+
+
+def _check_axes(axes: Mapping[str, Axis], nesting: str) -> None:
+    if not axes:
+        raise InputError("got none", where="axes", instead="give at least one Depth, Heads or Width")
+    for name, axis in axes.items():
+        if not isinstance(axis, Axis):
+            raise InputError(
+                f"got {type(axis).__name__}", where=f"axis {name!r}", instead="give a Depth, Heads or Width"
+            )
+        if nesting == "grid" and len(set(axis.choices)) != len(axis.choices):
+            raise InputError(
+                f"choices {list(axis.choices)} repeat", where=f"axis {name!r}", instead="or take nesting='chain'"
+            )
+    counts = {name: len(axis.choices) for name, axis in axes.items()}
+    if nesting == "chain" and len(set(counts.values())) > 1:
+        raise InputError(f"got {counts} choices", where="axes", instead="a chain takes equally many on every axis")
+
+
+def _sizes(axes: Mapping[str, Axis], nesting: str) -> list[Size]:
+    choices = [axis.choices for axis in axes.values()]
+    combined: Callable[..., Any] = itertools.product if nesting == "grid" else zip
+    return list(dict.fromkeys(Size(dict(zip(axes, each, strict=True))) for each in combined(*choices)))

@@ -1,0 +1,127 @@
+"""Merge networks without aligning them: average their weights, or their predictions."""
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from etude.core.checks import InputError
+
+__all__ = ["Ensemble", "average", "check_weights", "logits_of"]
+
+
+def average(models: Sequence[nn.Module], weights: Sequence[float] | None = None) -> nn.Module:
+    """Average the weights of networks coordinate by coordinate (vanilla fusion); a new network.
+
+    Sensible for networks that share a trained start (model soups); for networks trained from separate starts it is
+    the baseline that `etude.merge.fuse` has to beat. Whatever is no floating-point parameter or buffer is the last
+    network's, as are training mode and ties.
+
+    Args:
+        models: two or more of one architecture; they are left as they are.
+        weights: each network's share; scaled to sum to 1; equal by default.
+
+    Raises:
+        InputError: if parameters differ in name or shape (the first is named), or for unusable weights.
+
+    Wortsman et al., Model soups, ICML 2022.
+
+    >>> first, second = nn.Linear(1, 1), nn.Linear(1, 1)
+    >>> _ = nn.init.constant_(first.weight, 1.0), nn.init.constant_(second.weight, 3.0)
+    >>> average([first, second]).weight.item(), average([first, second], [3, 1]).weight.item()
+    (2.0, 1.5)
+    """
+    shares = check_weights(models, weights)
+    states = [model.state_dict() for model in models]
+    _check_alike(states)
+    merged = copy.deepcopy(models[-1])
+    with torch.no_grad():
+        for name, value in merged.state_dict().items():
+            if value.is_floating_point() or value.is_complex():
+                value.copy_(_mean([state[name] for state in states], shares))
+    return merged
+
+
+class Ensemble(nn.Module):
+    """Networks that vote: the logarithm of their mean class probabilities, which serves as logits.
+
+    Costs as much as all its members together; the bar that a merged network is held against.
+
+    Args:
+        models: classifiers whose forward returns logits, or an output with ``logits``; they are held, not copied.
+        weights: each one's share; scaled to sum to 1; equal by default.
+
+    Shape:
+        whatever its members take, to ``(batch, ..., classes)``.
+
+    >>> sure, unsure = nn.Linear(1, 2), nn.Linear(1, 2)
+    >>> for model, bias in ((sure, [0.0, -100.0]), (unsure, [0.0, 0.0])):
+    ...     _ = model.weight.data.zero_(), model.bias.data.copy_(torch.tensor(bias))
+    >>> Ensemble([sure, unsure])(torch.zeros(1, 1)).exp()
+    tensor([[0.7500, 0.2500]], grad_fn=<ExpBackward0>)
+    """
+
+    shares: Tensor
+
+    def __init__(self, models: Sequence[nn.Module], weights: Sequence[float] | None = None):
+        super().__init__()
+        shares = check_weights(models, weights, at_least=1)
+        self.members = nn.ModuleList(models)
+        self.register_buffer("shares", torch.tensor(shares))
+
+    def forward(self, *inputs: Any, **keywords: Any) -> Float[Tensor, "*batch classes"]:
+        """Log of the mean probabilities."""
+        votes = [torch.log_softmax(logits_of(model(*inputs, **keywords)), -1) for model in self.members]
+        shape = (-1,) + (1,) * votes[0].dim()
+        return torch.logsumexp(torch.stack(votes) + self.shares.to(votes[0]).log().view(shape), 0)
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in what a classifier returns: a tensor, an output with ``logits``, or the first of a tuple."""
+    found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if found is None and isinstance(output, tuple | list) and output:
+        found = output[0]
+    if not isinstance(found, Tensor):
+        raise InputError(
+            f"a model returned {type(output).__name__}", where="models", instead="give classifiers that return logits"
+        )
+    return found
+
+
+def check_weights(models: Sequence[nn.Module], weights: Sequence[float] | None, *, at_least: int = 2) -> list[float]:
+    """The models' shares, summing to 1."""
+    single = isinstance(models, nn.Module) and not isinstance(models, nn.ModuleList)
+    if single or len(models) < at_least:
+        raise InputError("too few", where="models", instead=f"give a list of at least {at_least}")
+    given = [1.0] * len(models) if weights is None else [float(weight) for weight in weights]
+    if len(given) != len(models) or not all(math.isfinite(w) and w >= 0 for w in given) or not sum(given) > 0:
+        raise InputError(
+            f"got {given} for {len(models)} models", where="weights", instead="give one share each, at least 0"
+        )
+    return [weight / sum(given) for weight in given]
+
+
+def _check_alike(states: Sequence[dict[str, Tensor]]) -> None:
+    for other in states[:-1]:
+        for name in (*states[-1], *other):
+            shapes = [tuple(state[name].shape) if name in state else "missing" for state in (other, states[-1])]
+            if shapes[0] != shapes[1]:
+                raise InputError(
+                    f"{shapes[0]} in one model, {shapes[1]} in another",
+                    where=f"parameter {name!r}",
+                    instead="give models of one architecture and width; etude.merge.fuse takes several widths",
+                )
+
+
+def _mean(values: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
+    """Weighted mean, formed in float32 at least."""
+    like = values[-1]
+    wide = torch.promote_types(like.dtype, torch.float32)
+    total = torch.zeros_like(like, dtype=wide)
+    for value, share in zip(values, shares, strict=True):
+        total.add_(value.to(total), alpha=share)
+    return total.to(like.dtype)

@@ -1,0 +1,144 @@
+r"""How far the members of a concatenation know the same: kernel alignment, linear predictability, rank.
+
+Centred kernel alignment compares two representations by the Gram matrices of the same rows. The debiased form (Song
+et al. 2012; Kornblith et al. 2019) is 0 in expectation for independent features, however few the rows. The Gram matrix
+of a concatenation is the sum of its members', so nothing is computed twice.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from etude.core.checks import InputError, check_at_least
+
+__all__ = ["Overlap", "debiased_cka", "overlap"]
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What `overlap` found.
+
+    Attributes:
+        similarity: debiased CKA between members, ``(n, n)``; 1 on the diagonal.
+        to_whole: debiased CKA of each member with the concatenation.
+        predictable: entry (i, j): the share of member j's variance that a linear map of member i's features
+            explains on held-out rows.
+        ranks: dimensions of each member's features.
+        rank: dimensions of the concatenated features; the sum of ``ranks`` where no member's directions are in
+            another's span.
+    """
+
+    similarity: Float[Tensor, "members members"]
+    to_whole: Float[Tensor, "members"]
+    predictable: Float[Tensor, "members members"]
+    ranks: Int64[Tensor, "members"]
+    rank: int
+
+    def between(self, table: Float[Tensor, "members members"]) -> float:
+        """Mean of a table's entries off the diagonal."""
+        others = ~torch.eye(len(table), dtype=torch.bool)
+        return float(table[others].mean())
+
+    def summary(self) -> str:
+        """The means between members and the ranks."""
+        return (
+            f"{len(self.ranks)} members of rank {self.ranks.tolist()}, together {self.rank}; between two members "
+            f"CKA {self.between(self.similarity):.3f}, predictable {self.between(self.predictable):.3f}"
+        )
+
+    def plot(self, axes: Any = None) -> Any:
+        """The table of predictability as an image."""
+        if axes is None:
+            from matplotlib.figure import Figure
+
+            axes = Figure(figsize=(4, 3.4), layout="constrained").subplots()
+        image = axes.imshow(self.predictable.tolist(), vmin=0, vmax=1, cmap="Blues")
+        axes.set_xlabel("of member")
+        axes.set_ylabel("from member")
+        axes.figure.colorbar(image, ax=axes, label="share of variance")
+        return axes
+
+
+def overlap(
+    features: Float[Tensor, "rows features"], widths: Sequence[int], *, penalty: float = 1e-3, rows: int = 2000
+) -> Overlap:
+    """Compare the members of a concatenation on the same rows.
+
+    Args:
+        features: ``cat.extract(...)``.
+        widths: ``cat.widths``.
+        penalty: of the linear maps, which are fitted on half of the rows and scored on the other half, on features of
+            unit variance.
+        rows: at most so many are used: the Gram matrices take their square.
+
+    >>> draw = torch.Generator().manual_seed(0)
+    >>> one, other = torch.randn(200, 4, generator=draw), torch.randn(200, 4, generator=draw)
+    >>> found = overlap(torch.cat([one, other, one], 1), (4, 4, 4))
+    >>> found.similarity[0].round(decimals=1).abs().tolist(), found.ranks.tolist(), found.rank
+    ([1.0, 0.0, 1.0], [4, 4, 4], 8)
+    """
+    check_at_least("penalty", penalty, 0.0)
+    if sum(widths) != features.shape[1] or not widths:
+        raise InputError(
+            f"got {tuple(widths)} for {features.shape[1]} features", where="widths", instead="give cat.widths"
+        )
+    x = features[:rows].double()
+    check_at_least("rows of features", len(x), 8)
+    blocks = x.split(tuple(widths), 1)
+    grams = torch.stack([_gram(block) for block in blocks])
+    count = len(blocks)
+    everything = torch.cat([grams, grams.sum(0, keepdim=True)])
+    inner = torch.einsum("iab,jab->ij", everything, everything)
+    lengths = inner.diagonal().clamp(min=0).sqrt()
+    table = inner / (lengths[:, None] * lengths).clamp(min=torch.finfo(x.dtype).tiny)
+    predictable = torch.stack([torch.stack([_explained(a, b, penalty) for b in blocks]) for a in blocks])
+    ranks = [_rank(block) for block in blocks]
+    return Overlap(table[:count, :count], table[-1, :count], predictable, torch.tensor(ranks), _rank(x))
+
+
+def debiased_cka(one: Float[Tensor, "_ _"], other: Float[Tensor, "_ _"]) -> float:
+    """Debiased centred kernel alignment of two representations of the same rows, with linear kernels.
+
+    >>> x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    >>> round(debiased_cka(x, 2 * x), 6)
+    1.0
+    """
+    if len(one) != len(other) or len(one) < 4:
+        raise InputError(f"got {len(one)} and {len(other)} rows", where="rows", instead="give the same four or more")
+    a, b = _gram(one.double()), _gram(other.double())
+    return float((a * b).sum() / ((a * a).sum() * (b * b).sum()).sqrt())
+
+
+def _gram(x: Tensor) -> Tensor:
+    """The Gram matrix centred without its diagonal (U-centred), whose inner products are unbiased up to a factor."""
+    gram = (x - x.mean(0)) @ (x - x.mean(0)).T
+    gram.fill_diagonal_(0.0)
+    rows = len(gram)
+    sums = gram.sum(1) / (rows - 2)
+    gram = gram - sums[:, None] - sums + sums.sum() / (rows - 1)
+    return gram.fill_diagonal_(0.0)
+
+
+def _explained(one: Tensor, other: Tensor, penalty: float) -> Tensor:
+    """Share of the second's variance that a ridge regression on the first explains on the second half of the rows."""
+    half = len(one) // 2
+    x, y = _standard(one, half), _standard(other, half)
+    covariance = x[:half].T @ x[:half] / half + penalty * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    weights = torch.linalg.solve(covariance, x[:half].T @ y[:half] / half)
+    left = (y[half:] - x[half:] @ weights).square().sum()
+    return 1 - left / (y[half:] - y[half:].mean(0)).square().sum().clamp(min=torch.finfo(x.dtype).tiny)
+
+
+def _standard(x: Tensor, half: int) -> Tensor:
+    deviation, mean = torch.std_mean(x[:half], 0, correction=0)
+    live = deviation > 1e-6 * deviation.max()
+    return (x - mean)[:, live] / deviation[live]
+
+
+def _rank(x: Tensor) -> int:
+    """Directions with more than 1e-5 of the largest one's standard deviation."""
+    return int(torch.linalg.matrix_rank(x - x.mean(0), rtol=1e-5))

@@ -1,0 +1,264 @@
+"""What two networks' neurons do on the same inputs: batches, filters of tokens and examples, streamed moments."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from etude.core.checks import InputError, check_at_least
+from etude.core.flow import Attention, Flow, Junction, Layer, Step
+from etude.core.recording import Inputs, arguments, batches
+from etude.merge.alignment import PairMoments
+from etude.merge.averaging import logits_of
+from etude.merge.pairing import Match
+
+__all__ = ["Samples", "example", "gathered", "well_fitted"]
+
+BUDGET = 1 << 27
+"""Entries of cost statistics held at once (1 GiB in float64): further layers wait for another pass over the inputs."""
+
+BATCH = 32
+"""Most examples to run at once: the activations of all layers of a pass are held for one batch."""
+
+
+def gathered(inputs: Any) -> Inputs:
+    """One batch of all examples, whether they came as one or as an iterable of batches."""
+    if isinstance(inputs, Tensor | Mapping | tuple):
+        return dict(inputs) if isinstance(inputs, Mapping) else inputs
+    given = list(inputs)
+    if not given:
+        raise InputError(
+            "got none", where="inputs", instead="give at least one batch; a used-up iterator has none left"
+        )
+    if isinstance(given[0], Mapping):
+        return {name: _joined([batch[name] for batch in given]) for name in given[0]}
+    if isinstance(given[0], Tensor):
+        return _joined(given)
+    return tuple(_joined(list(values)) for values in zip(*given, strict=True))
+
+
+def _joined(values: list[Any]) -> Any:
+    return torch.cat(values) if isinstance(values[0], Tensor) and values[0].dim() else values[0]
+
+
+def _picked(inputs: Inputs, rows: Tensor) -> Inputs:
+    def one(value: Any) -> Any:
+        return value[rows.to(value.device)] if isinstance(value, Tensor) and value.dim() else value
+
+    if isinstance(inputs, Mapping):
+        return {name: one(value) for name, value in inputs.items()}
+    return one(inputs) if isinstance(inputs, Tensor) else tuple(map(one, inputs))
+
+
+def length(inputs: Inputs) -> int:
+    """Number of examples in a batch."""
+    values = inputs.values() if isinstance(inputs, Mapping) else (inputs,) if isinstance(inputs, Tensor) else inputs
+    found = next((len(each) for each in values if isinstance(each, Tensor) and each.dim()), 0)
+    if not found:
+        raise InputError("holds no batch", where="inputs", instead="give at least one example")
+    return found
+
+
+def batch_size(count: int) -> int:
+    """How many examples to run at once: the largest divisor up to 32, so that no batch need be filled up."""
+    divisors = [size for size in range(min(count, BATCH), 0, -1) if count % size == 0]
+    return divisors[0] if divisors[0] >= 8 or count <= BATCH else min(count, BATCH)
+
+
+def example(inputs: Inputs) -> Inputs:
+    """The first examples, to trace with."""
+    return _picked(inputs, torch.arange(batch_size(length(inputs))))
+
+
+@torch.no_grad()
+def well_fitted(models: Sequence[nn.Module], inputs: Inputs, targets: Tensor, threshold: float) -> Inputs:
+    """The examples on which every model's cross-entropy lies below ``threshold``."""
+    check_at_least("loss_threshold", threshold, 0.0, strict=True)
+    if len(targets) != length(inputs):
+        raise InputError(
+            f"{len(targets)} for {length(inputs)} inputs", where="targets", instead="give a class for each example"
+        )
+    fits = torch.ones(len(targets), dtype=torch.bool)
+    for model in models:
+        losses: list[Tensor] = []
+        for rows, count in batches(inputs, batch_size(len(targets))):
+            positional, keywords = arguments(rows)
+            logits = logits_of(model(*positional, **keywords))[:count].float()
+            expected = targets[len(losses) * batch_size(len(targets)) :][:count].to(logits.device)
+            losses.append(F.cross_entropy(logits, expected, reduction="none").cpu())
+        fits &= torch.cat(losses) < threshold
+    if not bool(fits.any()):
+        raise InputError(
+            f"no example has a loss below {threshold} in every model",
+            where="loss_threshold",
+            instead="raise it, or leave it out",
+        )
+    return _picked(inputs, fits.nonzero().flatten())
+
+
+@dataclass
+class Samples:
+    """The values of matched neurons on the same inputs, as moments, streamed in as few passes as memory allows.
+
+    Attributes:
+        flows: of the source and the anchor.
+        inputs: one batch of all examples.
+        matches: in the order in which they will be wanted.
+        tokens: ``all``, ``class`` or the side of a centre window of patches.
+    """
+
+    flows: tuple[Flow, Flow]
+    inputs: Inputs
+    matches: Sequence[Match]
+    tokens: str | int = "all"
+    _held: dict[Match, PairMoments] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        steps = self.flows[1].steps
+        attentions = [index for index, step in enumerate(steps) if isinstance(step, Attention)]
+        joints = [i for i, step in enumerate(steps) if isinstance(step, Junction) and step.kind == "concatenate"]
+        self._last_attention = attentions[-1] if attentions else len(steps)
+        self._class_joins = joints[0] if joints else -1
+
+    def take(self, match: Match) -> PairMoments:
+        """The moments of one match; they are forgotten here."""
+        if match not in self._held:
+            self._pass(match)
+        return self._held.pop(match)
+
+    def magnitudes(self, junctions: Mapping[int, Junction]) -> dict[int, tuple[Tensor, ...]]:
+        """For junctions of the anchor, by step, the mean absolute value of each operand's units."""
+        nodes = {node for junction in junctions.values() for node in junction.operand_nodes}
+        sums: dict[tuple[int, int], Tensor] = {}
+        size = self.flows[1].program.batch
+        for batch in self._runs(1, nodes):
+            for index, junction in junctions.items():
+                for at, (node, label) in enumerate(zip(junction.operand_nodes, junction.operands, strict=True)):
+                    value = batch.values[node]
+                    value = value[: batch.count] if len(value) == size else value
+                    sums[index, at] = sums.get((index, at), 0) + batch.count * _mean_magnitude(value, label)
+        return {
+            index: tuple(sums[index, at] for at in range(len(junction.operands)))
+            for index, junction in junctions.items()
+        }
+
+    def _pass(self, wanted: Match) -> None:
+        waiting = [match for match in self.matches[list(self.matches).index(wanted) :] if match not in self._held]
+        chosen: list[Match] = []
+        total = sum(moments.products.numel() for moments in self._held.values())
+        for match in waiting:
+            total += match.sizes[0] * match.sizes[1]
+            if chosen and total > BUDGET:
+                break
+            chosen.append(match)
+        nodes = [{flow.steps[part.step].node for match in chosen for part in match.parts} for flow in self.flows]
+        for first, second in zip(self._runs(0, nodes[0]), self._runs(1, nodes[1]), strict=True):
+            for match in chosen:
+                self._take_in(match, (first, second))
+
+    def _runs(self, side: int, nodes: set[str]) -> Iterator["_Batch"]:
+        flow = self.flows[side]
+        for rows, count in batches(self.inputs, flow.program.batch):
+            mask = rows.get("attention_mask") if isinstance(rows, Mapping) else None
+            if not isinstance(mask, Tensor) or mask.dim() != 2 or bool(mask.all()):
+                mask = None
+            yield _Batch(flow.activations(rows, nodes), count, None if mask is None else mask[:count].bool())
+
+    def _take_in(self, match: Match, found: tuple["_Batch", "_Batch"]) -> None:
+        tables: list[list[Tensor]] = [[], []]
+        for part in match.parts:
+            for side in (0, 1):
+                table = self._table(part.step, side, found[side])
+                tables[side].append(table[:, part.columns[side].to(table.device)])
+        if match.joined:
+            tables = [[torch.cat(each, dim=1)] for each in tables]
+        if match not in self._held:
+            precise = tables[1][0].device.type != "mps"
+            dtype = torch.float64 if precise else torch.float32
+            self._held[match] = PairMoments(*match.sizes, dtype=dtype, device=tables[1][0].device)
+        for first, second in zip(*tables, strict=True):
+            self._held[match].update(first, second)
+
+    def _table(self, index: int, side: int, batch: "_Batch") -> Tensor:
+        """The values of a layer's neurons, samples by neurons, without tokens that are filtered out or padding."""
+        flow = self.flows[side]
+        step, size = flow.steps[index], flow.program.batch
+        value = batch.values[step.node]
+        value = value if value.dtype == torch.float64 else value.float()
+        if isinstance(step, Layer) and step.kind == "convolution":
+            value = value[: batch.count] if len(value) == size else value
+            return self._pixels(value.movedim(1, -1)).flatten(0, -2)
+        value = _sequences(value, size, batch.count, _is_sequence_first(flow, step))
+        if value.dim() != 3:
+            return value.flatten(0, -2)
+        positions = self._positions(index, value.shape[1])
+        mask = batch.mask
+        if mask is None or mask.shape != value.shape[:2]:
+            return value[:, positions].flatten(0, 1)
+        return value[:, positions][mask[:, positions].to(value.device)]
+
+    def _pixels(self, value: Tensor) -> Tensor:
+        if not isinstance(self.tokens, int) or value.dim() != 4 or min(value.shape[1:3]) < self.tokens:
+            return value
+        top, left = ((side - self.tokens) // 2 for side in value.shape[1:3])
+        return value[:, top : top + self.tokens, left : left + self.tokens]
+
+    def _positions(self, index: int, length: int) -> Tensor | slice:
+        """The positions of a sequence that count at one step."""
+        if self.tokens == "all":
+            return slice(None)
+        if index > self._last_attention:  # the classifier reads nothing else
+            return torch.tensor([0])
+        if isinstance(self.tokens, int):
+            return _window(length, self.tokens)
+        return torch.tensor([0]) if index > self._class_joins else slice(None)
+
+
+@dataclass(frozen=True, eq=False)
+class _Batch:
+    """The values of some nodes for one batch, of which ``count`` examples are new, and where it is no padding."""
+
+    values: Mapping[str, Tensor]
+    count: int
+    mask: Tensor | None
+
+
+def _window(length: int, side: int) -> Tensor:
+    """Positions of a centre window of patches, and of the class token before them if there is one."""
+    for extra in (1, 0):
+        grid = round((length - extra) ** 0.5)
+        if grid * grid == length - extra and grid >= side:
+            start = (grid - side) // 2
+            rows = torch.arange(start, start + side)
+            return torch.cat([torch.arange(extra), (rows.unsqueeze(1) * grid + rows).flatten() + extra])
+    raise InputError(
+        f"{length} tokens are no square of at least {side} x {side} patches with a class token or without",
+        where="tokens",
+        instead="use 'all' or 'class'",
+    )
+
+
+def _sequences(value: Tensor, size: int, count: int, sequence_first: bool) -> Tensor:
+    """A layer's output on the new examples, as (batch, tokens, neurons) where it has tokens."""
+    if value.dim() == 2 and len(value) > size and len(value) % size == 0:
+        value = value.unflatten(0, (-1, size) if sequence_first else (size, -1))
+    if value.dim() == 3 and sequence_first and value.shape[1] == size:
+        value = value.transpose(0, 1)
+    return value[:count] if len(value) == size else value
+
+
+def _is_sequence_first(flow: Flow, step: Step) -> bool:
+    """`nn.MultiheadAttention` computes on (tokens, batch, neurons), whatever its users pass."""
+    path = getattr(step, "path", "")
+    return isinstance(flow.program.model.get_submodule(path), nn.MultiheadAttention)
+
+
+def _mean_magnitude(value: Tensor, label: Tensor) -> Tensor:
+    """Mean absolute value of each unit that ``label`` names, flat."""
+    value = value.abs().float()
+    value = value.reshape((1,) * (label.dim() - value.dim()) + value.shape)
+    axes = [axis for axis in range(label.dim()) if label.shape[axis] == 1]
+    return (value.mean(axes, keepdim=True) if axes else value).expand(label.shape).flatten()
