@@ -1,0 +1,86 @@
+"""Quantise networks: few-bit weights and activations, simulated, packed, or in integers throughout.
+
+`quantize` gives a copy of a model whose layers compute with quantised weights and inputs, by a `Scheme` for each.
+"""
+
+from etude._lazy import attach
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    names={
+        "allocation": [
+            "Allocation",
+            "SearchedBits",
+            "allocate_bits",
+            "evolve_bits",
+            "expected_bits",
+            "pareto_front",
+        ],
+        "bias": ["correct_bias", "correct_bias_without_data"],
+        "calibration": [
+            "Analytic",
+            "Entropy",
+            "MeanSquaredError",
+            "MinMax",
+            "MovingAverage",
+            "Percentile",
+            "clipping_factor",
+        ],
+        "curvature": ["hessian_eigenvalues", "hessian_traces"],
+        "distillation": ["Distillation", "Hints", "float_self"],
+        "dorefa": ["TanhUniform", "UnitInterval", "quantize_gradient"],
+        "extreme": ["Sign", "TrainedTernary"],
+        "granularity": ["PerChannel", "PerGroup", "PerSample", "PerTensor", "PerToken"],
+        "histogram": ["Histogram"],
+        "binary_linear": ["XnorLinear", "pack_signs", "sign_products"],
+        "integer": ["IntegerModel", "to_integer"],
+        "layers": ["QuantizedLayer", "SignQuantizer", "SplitAttention"],
+        "learned": [
+            "LearnedInterval",
+            "LearnedStep",
+            "LearnedStepQuantizer",
+            "ParametricClip",
+        ],
+        "model": ["input_moments", "observe", "quantize", "quantized_layers"],
+        "packing": ["PackedLayer", "PackedWeight", "dequantize", "huffman_bits", "pack", "pack_codes", "unpack_codes"],
+        "outliers": ["ChannelBits", "SplitChannels", "channel_bits", "correct_weights", "split_outliers"],
+        "post_training": ["FoldedNorm", "absorb_bias", "equalize", "fold_batch_norm"],
+        "quantizers": [
+            "CodebookQuantizer",
+            "DynamicQuantizer",
+            "LevelQuantizer",
+            "Quantizer",
+            "UniformQuantizer",
+        ],
+        "report": ["LayerSize", "SizeReport", "size_report"],
+        "reconstruction": ["adapt_rounding", "adapt_weights"],
+        "regularisation": ["ProximalQuantization", "clip_penalty", "level_penalty", "periodic_penalty"],
+        "relaxed": ["RelaxedGrid"],
+        "rounding": ["rounded"],
+        "schemes": [
+            "AdditivePowers",
+            "Binary",
+            "BinaryCode",
+            "BinaryInput",
+            "Codebook",
+            "InputMoments",
+            "LloydMax",
+            "PowerOfTwo",
+            "Ternary",
+            "Uniform",
+        ],
+        "sensitivity": ["Sensitivity", "channelwise", "latencies", "layer_sensitivity", "multiplications"],
+        "sharing": ["Shared"],
+        "synthesis": ["GenerativeData", "ImageGenerator", "statistics_loss", "synthesize"],
+        "training": [
+            "FrozenBatchNorm",
+            "Moving",
+            "Partial",
+            "clip_latent_weights",
+            "follow_curvature",
+            "freeze_batch_norm",
+            "freeze_quantizers",
+            "set_share",
+        ],
+    },
+)

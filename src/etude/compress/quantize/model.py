@@ -1,0 +1,378 @@
+"""`quantize`: a copy of a model whose layers compute with quantised weights and inputs."""
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from etude.compress.quantize.granularity import Granularity, PerTensor
+from etude.compress.quantize.histogram import Histogram, check_finite
+from etude.compress.quantize.layers import QuantizedLayer, SplitAttention, is_conv1d, output_first, supported
+from etude.compress.quantize.quantizers import DynamicQuantizer
+from etude.compress.quantize.schemes import Codebook, InputMoments, Scheme
+from etude.core.checks import InputError, UnsupportedModuleError
+from etude.core.sites import sites
+
+__all__ = ["calls", "evaluating", "input_moments", "observe", "quantize", "quantized_layers", "replace_modules"]
+
+Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any] | Iterable[Any]
+Policy = Scheme | tuple[Scheme | None, Scheme | None] | None
+
+
+def quantize(
+    model: nn.Module,
+    weights: Scheme | None,
+    activations: Scheme | None = None,
+    *,
+    inputs: Inputs | None = None,
+    dynamic: bool = False,
+    overrides: Mapping[str, Policy] | None = None,
+    skip: Sequence[str] = (),
+    importance: Mapping[str, Tensor | InputMoments] | None = None,
+    generator: torch.Generator | None = None,
+) -> nn.Module:
+    """A copy of ``model`` in which every linear, convolutional and embedding layer is a `QuantizedLayer`.
+
+    The copy computes in floats what integers would give (simulated quantisation) and can be trained: gradients pass
+    the quantizers straight through to the float weights. Attention of `torch.nn.MultiheadAttention` becomes a
+    `SplitAttention`, whose four layers are quantised each; any other module stays as it is.
+
+    Args:
+        model: any module; it is left as it is.
+        weights: scheme of the weights, each fitted to its own layer; None leaves them.
+        activations: scheme of what enters each linear and convolutional layer; None leaves it in floats.
+        inputs: a batch or an iterable of batches to calibrate activations on (a tensor, a tuple of positional or a
+            dict of keyword arguments of the model's forward); 100 to 1000 examples without labels are usual.
+        dynamic: find the activations' ranges anew at every call instead; then ``inputs`` are not needed.
+        overrides: other schemes for layers at or inside modules that match a path or glob, later ones winning:
+            of the weights, or a pair of weights and activations, e.g. ``{"conv1": (Uniform(8), Uniform(8))}`` for the
+            usual policy of 8 bits in the first and last layer; None leaves a layer in floats.
+        skip: paths or globs of modules to leave in floats with all that is inside.
+        importance: by layer path, for schemes that weight errors: a tensor shaped as the weight (a Hessian's
+            diagonal), or for `Codebook` the layer's `input_moments`.
+        generator: of stochastic rounding and of k-means starts.
+
+    Raises:
+        InputError: for patterns that match no layer, missing or unusable inputs (it names layer and batch).
+        UnsupportedModuleError: for a layer whose weight is not there yet, or an input that is no float tensor.
+
+    Gholami et al., A Survey of Quantization Methods for Efficient Neural Network Inference, 2021.
+
+    >>> from etude.compress.quantize import PerChannel, Uniform
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> quantized = quantize(
+    ...     model, Uniform(4, granularity=PerChannel()), Uniform(8, symmetric=False), inputs=torch.randn(16, 4)
+    ... )
+    >>> [type(module).__name__ for module in quantized]
+    ['QuantizedLayer', 'ReLU', 'QuantizedLayer']
+    >>> int(quantized[0].codes().abs().max())
+    7
+    """
+    network = _split_attention(copy.deepcopy(model), model, skip)
+    policy = _policies(network, weights, activations, overrides or {}, skip)
+    found = dict(_layers(network))
+    weighted = _importance(importance or {}, policy)
+    needed = {path: pair[1] for path, pair in policy.items() if _observed(found[path], pair[1], dynamic)}
+    if needed and inputs is None:
+        raise InputError(
+            f"needed to calibrate the activations of {next(iter(needed))!r}",
+            where="inputs",
+            instead="give a batch or batches, or dynamic=True",
+        )
+    grains = {path: scheme.granularity for path, scheme in needed.items()}  # type: ignore[union-attr]
+    histograms = observe(network, inputs, grains) if needed else {}  # type: ignore[arg-type]
+    replaced: dict[int, nn.Module] = {}
+    for path, (of_weights, of_inputs) in policy.items():
+        layer = found[path]
+        made = _quantized(path, layer, of_weights, weighted.get(path), generator)
+        made.input_quantizer = _input_quantizer(layer, of_inputs, dynamic, histograms.get(path), generator)
+        made.train(layer.training)
+        replaced[id(layer)] = made
+    return replace_modules(network, replaced)
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
+    """The quantised layers of a model by path, each under its first.
+
+    >>> from etude.compress.quantize import Uniform
+    >>> list(quantized_layers(quantize(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), Uniform(8))))
+    ['0']
+    """
+    return {path: module for path, module in model.named_modules() if isinstance(module, QuantizedLayer)}
+
+
+def replace_modules(model: nn.Module, replaced: Mapping[int, nn.Module]) -> nn.Module:
+    """Put modules in the places of others, by ``id``, wherever those are used; returns the model, maybe replaced."""
+    if id(model) in replaced:
+        return replaced[id(model)]
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if id(child) in replaced:
+                parent._modules[name] = replaced[id(child)]
+    return model
+
+
+@torch.no_grad()
+def observe(
+    model: nn.Module, inputs: Inputs, paths: Iterable[str] | Mapping[str, Granularity], *, bins: int = 4096
+) -> dict[str, Histogram]:
+    """Histograms of what enters the modules at ``paths``, from one pass over ``inputs`` in evaluation mode.
+
+    Any number of schemes can be fitted to each.
+
+    Args:
+        model: any module.
+        inputs: as of `quantize`.
+        paths: modules, or for each the granularity of its histogram (`PerTensor` by default).
+        bins: as of `Histogram`.
+
+    Raises:
+        InputError: for inputs that are not finite (it names module and batch), or a module that never ran.
+
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> found = observe(model, [torch.randn(16, 4), torch.randn(16, 4)], ["0", "2"])
+    >>> int(found["2"].counts.sum())
+    256
+    """
+    grains = paths if isinstance(paths, Mapping) else dict.fromkeys(paths, PerTensor())
+    found = {path: Histogram(grain, bins=bins) for path, grain in grains.items()}
+
+    def count(path: str, x: Tensor) -> None:
+        found[path].update(x, f"input of {path!r}")
+
+    _visit(model, inputs, list(grains), count)
+    return found
+
+
+@torch.no_grad()
+def input_moments(model: nn.Module, inputs: Inputs, paths: Iterable[str]) -> dict[str, InputMoments]:
+    """The mean of x x' over what enters linear and convolutional layers (over patches, in the weight's order).
+
+    Args:
+        model: a float model.
+        inputs: as of `quantize`.
+        paths: layers.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2))
+    >>> input_moments(model, torch.tensor([[1.0, 2.0]]), ["0"])["0"].matrix.tolist()
+    [[1.0, 2.0], [2.0, 4.0]]
+    """
+    chosen = {path: model.get_submodule(path) for path in paths}
+    sums: dict[str, Tensor] = {}
+    rows = dict.fromkeys(chosen, 0)
+
+    def add(path: str, x: Tensor) -> None:
+        check_finite(x, f"input of {path!r}")
+        table = _patches(path, chosen[path], x)
+        sums[path] = sums.get(path, 0) + table.T @ table
+        rows[path] += len(table)
+
+    _visit(model, inputs, list(chosen), add)
+    return {path: InputMoments(total / rows[path]) for path, total in sums.items()}
+
+
+def _patches(path: str, layer: nn.Module, x: Tensor) -> Tensor:
+    """Inputs as a table, a column for each weight of one output."""
+    if isinstance(layer, nn.Linear) or is_conv1d(layer):
+        return x.flatten(0, -2)
+    if not isinstance(layer, nn.Conv1d | nn.Conv2d) or layer.groups > 1:
+        raise UnsupportedModuleError(path, layer, "moments are not defined for it", instead="leave it out")
+    wide = isinstance(layer, nn.Conv1d)
+    size, dilation, stride = (
+        (1, each[0]) if wide else tuple(each) for each in (layer.kernel_size, layer.dilation, layer.stride)
+    )
+    padded = F.pad(x, layer._reversed_padding_repeated_twice, mode=_mode(layer))
+    columns = F.unfold(padded.unsqueeze(2) if wide else padded, size, dilation, 0, stride)
+    return columns.transpose(1, 2).flatten(0, 1)
+
+
+def _mode(layer: nn.modules.conv._ConvNd) -> str:
+    return "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+
+
+def _visit(model: nn.Module, inputs: Inputs, paths: list[str], see: Any) -> None:
+    """Run the model on all inputs and show what enters the modules at ``paths``."""
+    met = set()
+    with ExitStack() as hooks, torch.no_grad(), evaluating(model):
+        for path in paths:
+
+            def look(module: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
+                value = args[0] if args else next(iter(kwargs.values()), None)
+                if not isinstance(value, Tensor) or not value.is_floating_point():
+                    raise UnsupportedModuleError(path, module, "its first argument is no float tensor")
+                met.add(path)
+                see(path, value)
+
+            hooks.callback(model.get_submodule(path).register_forward_pre_hook(look, with_kwargs=True).remove)
+        batches = 0
+        for args, kwargs in calls(inputs):
+            model(*args, **kwargs)
+            batches += 1
+    if not batches:
+        raise InputError("there is no batch", where="inputs", instead="give at least one")
+    for path in paths:
+        if path not in met:
+            raise UnsupportedModuleError(
+                path, model.get_submodule(path), "it did not run on the inputs", instead="skip it"
+            )
+
+
+def calls(inputs: Inputs) -> Iterator[tuple[tuple[Any, ...], Mapping[str, Any]]]:
+    """The arguments of the model's forward, batch by batch.
+
+    >>> [len(args) for args, _ in calls([torch.zeros(2), (torch.zeros(2), torch.zeros(2))])]
+    [1, 2]
+    """
+    batches = [inputs] if isinstance(inputs, Tensor | tuple | Mapping) else inputs
+    for batch in batches:
+        if isinstance(batch, Mapping):
+            yield (), batch
+        else:
+            yield tuple(batch) if isinstance(batch, tuple | list) else (batch,), {}
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode while the block runs; every module then has its own mode back."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+def _split_attention(network: nn.Module, original: nn.Module, skip: Sequence[str]) -> nn.Module:
+    left = _inside(original, skip)
+    replaced: dict[int, nn.Module] = {}
+    for path, module in network.named_modules():
+        if isinstance(module, nn.MultiheadAttention) and path not in left:
+            try:
+                replaced[id(module)] = SplitAttention(module)
+            except UnsupportedModuleError as error:
+                raise UnsupportedModuleError(
+                    path, module, "it adds a key of its own (add_bias_kv or add_zero_attn)", instead="skip it"
+                ) from error
+    for module in network.modules():
+        # Their fused paths read weights, and would pass quantizers by.
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
+        if isinstance(module, nn.TransformerEncoder):
+            module.enable_nested_tensor = module.use_nested_tensor = False
+    return replace_modules(network, replaced)
+
+
+def _inside(model: nn.Module, patterns: Sequence[str]) -> set[str]:
+    """Paths of all modules at or inside those that match."""
+    if isinstance(patterns, str):
+        raise InputError(f"got the text {patterns!r}", where="skip", instead="give a list of paths or globs")
+    roots = [path for pattern in patterns for path in sites(model, pattern)]
+    every = [path for path, _ in model.named_modules(remove_duplicate=False)]
+    return {path for path in every for root in roots if path == root or not root or path.startswith(root + ".")}
+
+
+def _layers(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The layers to quantise; of attention that stays as it is, none."""
+    kept = {
+        id(part)
+        for module in network.modules()
+        if isinstance(module, nn.MultiheadAttention | QuantizedLayer)
+        for part in module.modules()
+    }
+    for path, module in network.named_modules():
+        if supported(module) and id(module) not in kept:
+            if any(is_lazy(value) for value in module.parameters(recurse=False)):
+                raise UnsupportedModuleError(path, module, "it has no weights yet", instead="run the model once")
+            yield path, module
+
+
+def _policies(
+    network: nn.Module,
+    weights: Scheme | None,
+    activations: Scheme | None,
+    overrides: Mapping[str, Policy],
+    skip: Sequence[str],
+) -> dict[str, tuple[Scheme | None, Scheme | None]]:
+    """The schemes of each layer's weight and input, for layers that have any."""
+    found = [path for path, _ in _layers(network)]
+    if not found:
+        raise InputError("it has no linear, convolutional or embedding layer", where="model")
+    plan: dict[str, tuple[Scheme | None, Scheme | None]] = dict.fromkeys(found, (weights, activations))
+    for pattern, policy in overrides.items():
+        inside = _inside(network, [pattern])
+        matched = [path for path in found if path in inside]
+        if not matched:
+            raise InputError("no layer to quantise there", where=f"overrides[{pattern!r}]", instead=f"one of {found}")
+        for path in matched:
+            plan[path] = policy if isinstance(policy, tuple) else (policy, activations if policy else None)
+    left = _inside(network, skip)
+    return {path: pair for path, pair in plan.items() if path not in left and pair != (None, None)}
+
+
+def _importance(
+    importance: Mapping[str, Tensor | InputMoments], policy: Mapping[str, Any]
+) -> Mapping[str, Tensor | InputMoments]:
+    for path in importance:
+        if path not in policy:
+            raise InputError(
+                "no quantised layer there", where=f"importance[{path!r}]", instead=f"one of {list(policy)}"
+            )
+    return importance
+
+
+def _observed(layer: nn.Module, scheme: Scheme | None, dynamic: bool) -> bool:
+    return (
+        scheme is not None
+        and not dynamic
+        and not isinstance(layer, nn.Embedding)
+        and not getattr(scheme, "fixed", False)
+    )
+
+
+def _quantized(
+    path: str,
+    layer: nn.Module,
+    scheme: Scheme | None,
+    importance: Tensor | InputMoments | None,
+    generator: torch.Generator | None,
+) -> QuantizedLayer:
+    if scheme is None:
+        return QuantizedLayer(layer, nn.Identity())
+    weight = output_first(layer, _weight(layer).detach())
+    if isinstance(importance, Tensor):
+        importance = output_first(layer, importance)
+    try:
+        fitted = scheme.fit(weight, importance=importance, generator=generator)
+    except InputError as error:
+        raise UnsupportedModuleError(path, layer, f"its weight cannot be quantised so: {error}") from error
+    return QuantizedLayer(layer, fitted)
+
+
+def _input_quantizer(
+    layer: nn.Module,
+    scheme: Scheme | None,
+    dynamic: bool,
+    histogram: Histogram | None,
+    generator: torch.Generator | None,
+) -> nn.Module | None:
+    if scheme is None or isinstance(layer, nn.Embedding):
+        return None
+    if isinstance(scheme, Codebook):
+        raise InputError("codebooks of vectors are for weights", where="activations", instead="use LloydMax")
+    if dynamic and not getattr(scheme, "fixed", False):
+        return DynamicQuantizer(scheme)
+    seen = torch.zeros(1) if histogram is None else histogram
+    made = scheme.fit(seen, generator=generator)
+    if hasattr(made, "of_activations"):
+        made.of_activations = True
+    return made.to(_weight(layer).device)
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    return layer.weight  # type: ignore[return-value]

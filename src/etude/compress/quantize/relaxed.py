@@ -1,0 +1,138 @@
+"""Relaxed quantisation: levels drawn from a smooth distribution, which gradients pass as they are."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Integer
+from torch import Tensor, nn
+
+from etude.compress.quantize.granularity import PER_TENSOR, Granularity
+from etude.compress.quantize.histogram import Histogram
+from etude.compress.quantize.quantizers import UniformQuantizer
+from etude.compress.quantize.schemes import check_bits, sample_of
+from etude.core.checks import check_at_least
+
+__all__ = ["RelaxedGrid", "RelaxedGridQuantizer"]
+
+
+@dataclass(frozen=True)
+class RelaxedGrid:
+    r"""Levels drawn by a relaxed categorical distribution (Gumbel softmax) in training, the nearest one afterwards.
+
+    A value x with logistic noise of scale sigma falls into the cell of level g with probability
+    :math:`\pi \propto \sigma(\frac{g + s/2 - x}{\sigma}) - \sigma(\frac{g - s/2 - x}{\sigma})`. In training, a
+    concrete sample of temperature tau over the levels near x is mixed: smooth in x, s and sigma.
+
+    Args:
+        bits: 2 to 8 with a sign, 1 to 8 without.
+        signed: whether there are levels below zero.
+        temperature: tau; the paper anneals it from 1 (weights: 0.5).
+        noise: initial sigma in units of the step; 1/3 in the paper.
+        reach: levels on either side of the nearest that can be drawn: the paper's local grid.
+
+    Louizos et al., Relaxed Quantization for Discretized Neural Networks, ICLR 2019.
+
+    >>> quantizer = RelaxedGrid(3).fit(torch.tensor([-3.0, 2.0])).eval()
+    >>> quantizer(torch.tensor([-3.2, 0.6])).tolist()
+    [-3.0, 1.0]
+    """
+
+    bits: int
+    signed: bool = True
+    temperature: float = 1.0
+    noise: float = 1 / 3
+    reach: int = 2
+    granularity: Granularity = field(default=PER_TENSOR, init=False)
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits, least=2 if self.signed else 1, most=8)
+        check_at_least("temperature", self.temperature, 0.0, strict=True)
+        check_at_least("noise", self.noise, 0.0, strict=True)
+        check_at_least("reach", self.reach, 1)
+
+    def fit(
+        self,
+        values: Tensor | Histogram,
+        *,
+        importance: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> "RelaxedGridQuantizer":
+        """The quantizer whose grid spans ``values``; ``generator`` draws the noise of training."""
+        sample = sample_of(values, PER_TENSOR)
+        largest = float(torch.maximum(-sample.low, sample.high) if self.signed else sample.high)
+        return RelaxedGridQuantizer(largest if largest > 0 else 1.0, self, generator)
+
+
+class RelaxedGridQuantizer(nn.Module):
+    """Quantisation by relaxed draws in training; made by `RelaxedGrid`.
+
+    Args:
+        largest: the value at the highest level, at first.
+        scheme: what it was made from.
+        generator: of the draws.
+    """
+
+    def __init__(self, largest: float, scheme: RelaxedGrid, generator: torch.Generator | None = None):
+        super().__init__()
+        self.bits, self.signed, self.reach = scheme.bits, scheme.signed, scheme.reach
+        self.temperature, self.generator = scheme.temperature, generator
+        scale = largest / self.highest
+        self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
+        self.log_noise = nn.Parameter(torch.tensor(math.log(scale * scheme.noise)))
+
+    @property
+    def lowest(self) -> int:
+        """The smallest code."""
+        return -(2 ** (self.bits - 1)) if self.signed else 0
+
+    @property
+    def highest(self) -> int:
+        """The largest code."""
+        return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
+
+    def extra_repr(self) -> str:
+        """The number of bits and the temperature."""
+        return f"bits={self.bits}, signed={self.signed}, temperature={self.temperature}"
+
+    def plain(self) -> UniformQuantizer:
+        """The grid learned, without noise."""
+        scale = self.log_scale.detach().exp().reshape(1)
+        return UniformQuantizer(scale, None, self.lowest, self.highest)
+
+    def codes(self, x: Float[Tensor, "*shape"]) -> Integer[Tensor, "*shape"]:
+        """The nearest levels' integers."""
+        return self.plain().codes(x)
+
+    def values(self, codes: Integer[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """The values that codes stand for."""
+        return self.plain().values(codes)
+
+    def forward(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """In training a mixture of levels drawn at random, else the nearest level."""
+        if not self.training:
+            return self.plain()(x)
+        scale, noise = self.log_scale.exp().to(x.dtype), self.log_noise.exp().to(x.dtype)
+        nearest = (x.detach() / scale.detach()).round().clamp(self.lowest, self.highest)
+        places = nearest.unsqueeze(-1) + torch.arange(-self.reach, self.reach + 1, device=x.device, dtype=x.dtype)
+        levels, within = places * scale, (places >= self.lowest) & (places <= self.highest)
+        # Values beyond the grid are drawn to its end: without the clamp all probabilities there vanish.
+        distance = levels - x.clamp(self.lowest * scale, self.highest * scale).unsqueeze(-1)
+        upper, lower = (distance + scale / 2) / noise, (distance - scale / 2) / noise
+        mass = torch.sigmoid(upper) - torch.sigmoid(lower)
+        scores = mass.clamp(min=torch.finfo(x.dtype).tiny).log().masked_fill(~within, -torch.inf)
+        uniform = torch.rand(scores.shape, generator=self.generator, device=x.device, dtype=x.dtype)
+        gumbel = -(-uniform.clamp(1e-7, 1 - 1e-7).log()).log()
+        return (torch.softmax((scores + gumbel) / self.temperature, -1) * levels).sum(-1)
+
+    def code_bits(self) -> int:
+        """Bits of one code."""
+        return self.bits
+
+    def codes_for(self, count: int) -> int:
+        """One code a value."""
+        return count
+
+    def overhead_bits(self) -> int:
+        """Bits of the step."""
+        return 32
