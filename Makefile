@@ -37,6 +37,7 @@ docs: $(VENV)/installed
 
 ## Measure against the peers, on one thread where a script does not say otherwise, and write docs/results/benchmarks/.
 bench: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[bench]"
 	set -e; for script in $(filter-out benchmarks/side_by_side.py,$(wildcard benchmarks/*.py)); do \
 	  OMP_NUM_THREADS=1 $(BIN)/python $$script; done
 

@@ -74,6 +74,23 @@ def test_a_folder_is_read_once_and_then_from_the_cache(folder, monkeypatch):
     assert torch.equal(data.load("mnist").test.inputs, found.test.inputs)
 
 
+def test_texts_are_lines_of_characters(tmp_path, monkeypatch):
+    text = "To be, or not to be\u2014that is the question. " * 2000
+    (tmp_path / "data" / "tinyshakespeare").mkdir(parents=True)
+    for split in ("train", "test"):
+        table = arrow.table({"text": [text[:1000], text[1000:]]})
+        parquet.write_table(table, tmp_path / "data" / "tinyshakespeare" / f"{split}.parquet")
+    monkeypatch.setenv("ETUDE_DATA", str(tmp_path / "data"))
+    found = data.load("tinyshakespeare")
+    assert len(found.validation) == 1000
+    assert found.test.inputs.shape == (len(text) // 64, 64)
+    assert torch.equal(found.test.inputs, found.test.targets)
+    assert bytes(found.test.inputs[0].tolist()).decode() == text[:64].replace("\u2014", "?")
+    rows = {bytes(row.tolist()) for row in found.test.inputs}
+    assert all(bytes(row.tolist()) in rows for row in found.train.inputs)
+    assert int(found.train.inputs.max()) < found.classes
+
+
 def test_a_broken_cache_is_made_again_and_an_unwritable_one_is_no_error(folder, tmp_path, monkeypatch):
     found = data.load("mnist")
     for file in (tmp_path / "cache").iterdir():

@@ -30,7 +30,11 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Split:
-    """Rows of a data set: images are float32 in [0, 1], ``(rows, channels, height, width)``."""
+    """Rows of a data set.
+
+    Images are float32 in [0, 1], ``(rows, channels, height, width)``; texts are ASCII codes, ``(rows, 64)``, and their
+    own targets.
+    """
 
     inputs: Shaped[Tensor, "rows ..."]
     targets: Shaped[Tensor, "rows ..."]
@@ -56,7 +60,7 @@ class Dataset:
     Args:
         name: the name it was asked for.
         source: where it was found: ``"bundled"``, ``"folder"`` or ``"hub"``.
-        classes: number of classes; 0 for regression.
+        classes: number of classes; 0 for regression; for texts the number of characters.
         train: rows to learn from.
         validation: rows held out of the published training set.
         test: the published test rows, or rows held out where none are published.
@@ -80,6 +84,7 @@ class _Entry:
     bundled: str = ""
     hub: str = ""
     image: str = ""
+    text: bool = False
 
 
 CATALOGUE: dict[str, _Entry] = {
@@ -89,15 +94,19 @@ CATALOGUE: dict[str, _Entry] = {
     "diabetes": _Entry(0, 42, 100, bundled="load_diabetes"),
     "mnist": _Entry(10, 5000, 0, hub="ylecun/mnist", image="L"),
     "cifar10": _Entry(10, 5000, 0, hub="uoft-cs/cifar10", image="RGB"),
+    "tinyshakespeare": _Entry(128, 1000, 0, hub="karpathy/tiny_shakespeare", text=True),
 }
+
+LINE = 64
+"""Characters a row of a text."""
 
 
 def load(name: str) -> Dataset:
     """Load a data set.
 
     Args:
-        name: ``digits``, ``breast_cancer``, ``wine`` or ``diabetes`` (bundled with scikit-learn), ``mnist``
-            or ``cifar10`` (folder ``ETUDE_DATA``, else the Hub).
+        name: ``digits``, ``breast_cancer``, ``wine`` or ``diabetes`` (bundled with scikit-learn), ``mnist``,
+            ``cifar10`` or ``tinyshakespeare`` (folder ``ETUDE_DATA``, else the Hub).
 
     Raises:
         InputError: for an unknown name, or when the set is in none of the three places; it says which they
@@ -240,6 +249,9 @@ def _read_hub(name: str, entry: _Entry) -> Tensors:
 
 
 def _decode(train: Iterable[dict[str, Any]], test: Iterable[dict[str, Any]], entry: _Entry) -> Tensors:
+    if entry.text:
+        codes = {"": _lines(train), "test_": _lines(test)}
+        return {f"{split}{part}": rows.clone() for split, rows in codes.items() for part in ("inputs", "targets")}
     image = _require("PIL.Image")
 
     def stack(rows: Iterable[dict[str, Any]]) -> tuple[Tensor, Tensor]:
@@ -256,6 +268,13 @@ def _decode(train: Iterable[dict[str, Any]], test: Iterable[dict[str, Any]], ent
     inputs, targets = stack(train)
     test_inputs, test_targets = stack(test)
     return {"inputs": inputs, "targets": targets, "test_inputs": test_inputs, "test_targets": test_targets}
+
+
+def _lines(rows: Iterable[dict[str, Any]]) -> Tensor:
+    """All texts as one, cut into lines of ASCII codes; what is not ASCII becomes a question mark."""
+    text = "".join(row["text"] for row in rows).encode("ascii", "replace")
+    codes = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    return codes[: len(codes) // LINE * LINE].view(-1, LINE).long()
 
 
 def _require(module: str) -> Any:

@@ -20,12 +20,7 @@ Loss = Callable[[nn.Module, Any], Tensor]
 
 
 class Estimate(NamedTuple):
-    """A Monte Carlo estimate.
-
-    Attributes:
-        value: the mean over probes.
-        error: its standard error.
-    """
+    """A Monte Carlo estimate: ``value``, the mean over probes, and ``error``, its standard error."""
 
     value: float
     error: float

@@ -344,7 +344,7 @@ class LearnedInterval:
         importance: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> "LearnedIntervalQuantizer":
-        """The quantizer whose interval starts as [0, max |x|]."""
+        """The quantizer whose interval starts as [0, max abs(x)]."""
         sample = sample_of(values, PER_TENSOR)
         largest = float(torch.maximum(-sample.low, sample.high) if self.signed else sample.high)
         return LearnedIntervalQuantizer(largest if largest > 0 else 1.0, self.bits, self.signed, self.power)

@@ -65,7 +65,7 @@ class Uniform:
         granularity: which values share a scale.
         rounding: as of `rounded`: ``nearest`` (halves to even), ``nearest_away`` or ``stochastic``.
         restricted: of symmetric levels, whether to leave out the lowest code, so that there are as many below zero as
-            above; else the full range of two's complement is used, with S = 2 max|r| / (2^b - 1).
+            above; else the full range of two's complement is used, with S = 2 max abs(r) / (2^b - 1).
         calibration: how the range is chosen.
 
     >>> quantizer = Uniform(4).fit(torch.tensor([-7.0, 0.4, 3.6]))
@@ -356,13 +356,13 @@ class BinaryCode:
 
 @dataclass(frozen=True)
 class Binary:
-    r"""Signs, :math:`\text{argmin} \|W - \alpha B\|^2`: B = sign W, alpha = mean |W| (survey, eq. 12).
+    r"""Signs, :math:`\text{argmin} \|W - \alpha B\|^2`: B = sign W, alpha = mean of ``|W|`` (survey, eq. 12).
 
     Args:
         scaled: alpha as above, one a filter in BWN and XNOR-Net (Rastegari et al., 2016); else 1, as in BinaryConnect
             (Courbariaux et al., 2015) and BNN.
         granularity: which values share alpha.
-        clip: the gradient passes where |r| is at most this: 1 in BNN and XNOR-Net; everywhere if None, as for
+        clip: the gradient passes where abs(r) is at most this: 1 in BNN and XNOR-Net; everywhere if None, as for
             the latent weights of BinaryConnect, which are clipped themselves.
 
     >>> from etude.compress.quantize import PerChannel
@@ -430,8 +430,8 @@ class Ternary:
     Values beyond a threshold Delta become plus or minus alpha, the mean magnitude of those beyond.
 
     Args:
-        threshold: Delta in units of mean |r|: 0.7 in the paper, an approximation for the least squared error; None
-            finds that exactly.
+        threshold: Delta in units of the mean of abs(r): 0.7 in the paper, an approximation for the least squared error;
+            None finds that exactly.
         granularity: which values share both.
         clip: as of `Binary`.
 

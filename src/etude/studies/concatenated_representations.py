@@ -1,0 +1,940 @@
+"""Learning useful representations for shifting tasks: members that differ in their seed, concatenated, on new classes.
+
+Networks learn five classes (digits 0-4 of MNIST; ``objects``: five classes of CIFAR-10) and are judged by what a
+linear probe, fine-tuning and few-shot heads make of their features on the other five. All arms of a seed share the
+rows, the recipe and the choice of its weight decay on source validation rows; a probe's penalty is chosen by
+cross-validation on the probe's own rows. Records carry ``task``; ``n`` is the number of target rows. Each seed trains
+eight members of its own: CAT2 and CAT4 are means over the disjoint sets of them, one-run arms over two runs.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from etude import data, models
+from etude.core.replicas import Replicas
+from etude.core.training import fit
+from etude.core.training import measure as measure_loss
+from etude.lab import (
+    Claim,
+    Context,
+    Paper,
+    Record,
+    Results,
+    Study,
+    all_of,
+    at_least,
+    at_most,
+    better,
+    increases_with,
+    no_worse,
+    within,
+)
+from etude.lab.statistics import bootstrap_mean
+from etude.merge.concatenation import Concatenation, concatenate, new_head, two_stage
+from etude.merge.distillation import distill
+from etude.merge.episodes import Episodes, few_shot
+from etude.merge.members import Snapshots
+from etude.merge.probing import evaluate_by_environment, invariant_probe, probe
+from etude.merge.redundancy import overlap
+
+SINGLE, CAT2, CAT4, CAT8 = "one network", "CAT2", "CAT4", "CAT8"
+JOINT, WIDE, EQUAL = "four towers trained once", "wide", "wide, equal parameters"
+DISTILLED, SNAPSHOTS, COPIES = "DISTILL4", "CAT4 of snapshots", "CAT4 of copies"
+ENSEMBLE, TUNED_JOINTLY, PROTOTYPES = "mean of logits", "CAT4 tuned jointly", "prototypical network"
+
+SETS = {SINGLE: 1, CAT2: 2, CAT4: 4, CAT8: 8}
+"""Members in one set."""
+RUNS = 2
+"""Runs of the arms that are trained once, on digits."""
+TUNED = (SINGLE, CAT4, TUNED_JOINTLY, JOINT, WIDE, DISTILLED)
+FEW = (SINGLE, CAT2, CAT4, CAT8, DISTILLED, SNAPSHOTS, PROTOTYPES, JOINT, WIDE)
+PLANTED = (SINGLE, CAT4)
+PROBED_MORE = (SINGLE, CAT4, JOINT, WIDE)
+"""Arms that are trained under much decay too."""
+ON_OBJECTS = (SINGLE, CAT2, CAT4, JOINT, WIDE, EQUAL, DISTILLED, ENSEMBLE)
+SHIFTED = (SINGLE, CAT2, CAT4, CAT8)
+
+MEMBERS = 8
+DIGITS, OBJECTS, REDUNDANT, DECAYED = "digits", "objects", "planted", "digits, much decay"
+RATIOS = (1.0, 4.0)
+ROTATIONS, FAR = (-20.0, 0.0, 20.0), 45.0
+"""Degrees of the training environments and of the unseen one."""
+PROBED, FINE = 100, 1000
+"""Target rows at which claims about probes and about fine-tuning are decided."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One size of the experiment.
+
+    Args:
+        dataset: ten classes of digits: the source is 0-4, the target 5-9.
+        objects: a second set of ten classes, learned by a small convolutional network with batch norm; none if empty.
+        rows: source rows to train on.
+        size: pixels a side, averaged down to.
+        width: hidden units of a member's two layers.
+        steps: of one training.
+        batch_size: rows a step.
+        learning_rate: of SGD with momentum 0.9, falling to 0 along a cosine.
+        decays: weight decays to choose from.
+        exposure: weight decay under ``much decay``, as the integral of learning rate over 1 - momentum, times decay:
+            how many e-folds a weight without a gradient shrinks. The paper's ImageNet recipe comes to 17.
+        targets: numbers of target rows.
+        draws: how often the target rows are drawn anew.
+        penalties: exponents of ten of the probes' penalties.
+        tuning_steps: of fine-tuning.
+        tuning_rates: learning rates of fine-tuning to choose from.
+        episodes: few-shot episodes.
+        variances: weights of vREx to choose from.
+        channels: of a convolutional member's stages.
+        object_rows: source rows for it.
+        object_steps: of its training.
+    """
+
+    dataset: str = "mnist"
+    objects: str = ""
+    rows: int = 4000
+    size: int = 14
+    width: int = 32
+    steps: int = 600
+    batch_size: int = 100
+    learning_rate: float = 0.1
+    decays: tuple[float, ...] = (5e-4,)
+    exposure: float = 10.0
+    targets: tuple[int, ...] = (25, PROBED, FINE)
+    draws: int = 2
+    penalties: tuple[float, ...] = (-3, -2, -1, 0, 1)
+    tuning_steps: int = 300
+    tuning_rates: tuple[float, ...] = (0.005, 0.01, 0.05)
+    episodes: int = 200
+    variances: tuple[float, ...] = (0.0, 1.0, 10.0)
+    channels: tuple[int, ...] = (12, 24, 32)
+    object_rows: int = 4000
+    object_steps: int = 300
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        """The data that are needed."""
+        return (self.dataset, self.objects) if self.objects else (self.dataset,)
+
+
+PRESETS = {
+    "smoke": Config(
+        "digits",
+        rows=300,
+        size=8,
+        width=8,
+        steps=20,
+        batch_size=50,
+        decays=(5e-4,),
+        targets=(25, PROBED),
+        draws=1,
+        penalties=(-1, 0),
+        tuning_steps=5,
+        tuning_rates=(0.01,),
+        episodes=5,
+        variances=(1.0,),
+    ),
+    "small": (
+        Config(objects="cifar10"),
+        Config(
+            "digits",
+            rows=500,
+            size=8,
+            width=16,
+            steps=120,
+            batch_size=50,
+            decays=(5e-4,),
+            targets=(25, PROBED),
+            draws=1,
+            penalties=(-2, -1, 0),
+            tuning_steps=60,
+            tuning_rates=(0.01, 0.05),
+            episodes=30,
+            variances=(1.0,),
+        ),
+    ),
+    "paper": Config(
+        objects="cifar10",
+        rows=25_000,
+        size=28,
+        width=256,
+        steps=20_000,
+        draws=5,
+        tuning_steps=5_000,
+        episodes=600,
+        channels=(64, 128, 256, 512),
+        object_rows=22_500,
+        object_steps=16_000,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Source and target rows; labels of both count from 0."""
+
+    source: data.Split
+    source_validation: data.Split
+    source_test: data.Split
+    target: data.Split
+    target_validation: data.Split
+    target_test: data.Split
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What the arms of one seed and task share: rows, architecture, recipe."""
+
+    config: Config
+    seed: int
+    device: torch.device
+    task: str
+    ratio: float = 1.0
+
+    @property
+    def members(self) -> int:
+        """Networks trained with seeds of their own."""
+        return MEMBERS if self.task != OBJECTS else MEMBERS // 2
+
+    @property
+    def runs(self) -> int:
+        """Trainings of an arm that is trained once."""
+        return RUNS if self.task in (DIGITS, DECAYED) else 1
+
+    @property
+    def decays(self) -> tuple[float, ...]:
+        """Weight decays to choose from; a cosine halves the integral of the learning rate."""
+        if self.task == DECAYED:
+            return (self.config.exposure * 0.1 / (self.config.learning_rate * self.steps / 2),)
+        return self.config.decays
+
+    def generator(self, purpose: int) -> torch.Generator:
+        """A generator of its own for each purpose, so that arms do not shift one another's draws."""
+        return torch.Generator().manual_seed(1_000_003 * purpose + self.seed)
+
+    @property
+    def stacks(self) -> bool:
+        """Whether several networks train faster as one."""
+        return self.task != OBJECTS or self.device.type != "cpu"
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of one training."""
+        return self.config.object_steps if self.task == OBJECTS else self.config.steps
+
+    @property
+    def classes(self) -> int:
+        """Of source and target."""
+        return 2 if self.task == REDUNDANT else 5
+
+    @cached_property
+    def rows(self) -> Rows:
+        """The rows of this task."""
+        if self.task == REDUNDANT:
+            return _planted(self.config, self.ratio, self.seed, self.device)
+        found = data.load(self.config.objects if self.task == OBJECTS else self.config.dataset)
+        count = self.config.object_rows if self.task == OBJECTS else self.config.rows
+        size = 16 if self.task == OBJECTS and self.config.size < 28 else self.config.size
+        parts = []
+        for base in (0, 5):
+            for split in (found.train, found.validation, found.test):
+                kept = (split.targets >= base) & (split.targets < base + 5)
+                inputs = split.inputs[kept]
+                if inputs.shape[-1] > size and self.config.size < 28:
+                    inputs = F.adaptive_avg_pool2d(inputs, size)
+                parts.append(data.Split(inputs, split.targets[kept] - base).to(self.device))
+        parts[0] = parts[0].take(min(count, len(parts[0])))
+        return Rows(*parts)
+
+    def network(self, generator: torch.Generator, factor: float = 1.0) -> nn.Module:
+        """A network at a fresh initialisation, its hidden layers ``factor`` times as wide."""
+        shape = self.rows.source.inputs.shape[1:]
+        if self.task == OBJECTS:
+            widths = [round(factor * count) for count in self.config.channels]
+            pooled = range(len(widths) - 1)
+            network: nn.Module = models.five_conv_net(
+                generator,
+                channels=shape[0],
+                widths=widths,
+                kernels=[3] * len(widths),
+                pooled=pooled,
+                classes=self.classes,
+                norm=True,
+            )
+        else:
+            hidden = round(factor * self.config.width)
+            sizes = [shape.numel(), hidden, hidden, self.classes]
+            network = models.mlp(sizes, generator, initial="he")
+        return network.to(self.device)
+
+    def equal_factor(self) -> float:
+        """The factor at which one network has about as many parameters as four."""
+        wanted = 4 * _parameters(self.network(self.generator(0)))
+        low, high = 1.0, 4.0
+        for _ in range(20):
+            middle = (low + high) / 2
+            low, high = (
+                (low, middle) if _parameters(self.network(self.generator(0), middle)) > wanted else (middle, high)
+            )
+        return low
+
+    def train(self, makers: Sequence[Callable[[], nn.Module]], purpose: int) -> list[nn.Module]:
+        """Train networks of one architecture at the weight decay that is best, on average, on validation rows."""
+        best: tuple[float, list[nn.Module]] = (-1.0, [])
+        for decay in self.decays:
+            networks = self._train([make() for make in makers], decay, purpose)
+            rows = self.rows.source_validation
+            accuracy = sum(float(measure_loss(each, rows.inputs, rows.targets)[1]) for each in networks) / len(networks)
+            best = max(best, (accuracy, networks), key=lambda pair: pair[0])
+        return best[1]
+
+    def _train(self, networks: list[nn.Module], decay: float, purpose: int) -> list[nn.Module]:
+        orders = [self.generator(purpose + index) for index in range(len(networks))]
+        if self.stacks and len(networks) > 1:
+            stack = Replicas(networks)
+            self.fit(stack, orders, decay)
+            return stack.unstack()
+        for network, order in zip(networks, orders, strict=True):
+            self.fit(network, order, decay)
+        return networks
+
+    def fit(self, network: nn.Module, order: Any, decay: float, **choices: Any) -> None:
+        """Train one network, or a stack, on the source."""
+        source = self.rows.source
+        fit(
+            network,
+            source.inputs,
+            source.targets,
+            optimizer=_sgd(self.config.learning_rate, decay),
+            steps=self.steps,
+            batch_size=min(self.config.batch_size, len(source)),
+            generator=order,
+            scheduler=partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=self.steps),
+            **choices,
+        )
+
+
+def _sgd(rate: float, decay: float) -> Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]:
+    return partial(torch.optim.SGD, lr=rate, momentum=0.9, weight_decay=decay)
+
+
+def _parameters(network: nn.Module) -> int:
+    return sum(value.numel() for value in network.parameters())
+
+
+def _planted(config: Config, ratio: float, seed: int, device: torch.device) -> Rows:
+    """Two blocks of ten numbers that each tell the source label; the target label is told by the weaker one alone.
+
+    ``ratio`` is the margin of the other block over that of the telling one.
+    """
+    draw = torch.Generator().manual_seed(7_000_003 + seed)
+    directions = F.normalize(torch.randn(2, 10, generator=draw), dim=1)
+    telling = int(torch.randint(2, (), generator=draw))
+    margins = torch.full((2,), ratio)
+    margins[telling] = 1.0
+
+    def split(count: int, source: bool) -> data.Split:
+        labels = torch.randint(2, (count, 1), generator=draw)
+        signs = 2.0 * labels.expand(-1, 2) - 1
+        if not source:
+            signs = 2.0 * torch.randint(2, (count, 2), generator=draw) - 1
+            signs[:, telling] = 2.0 * labels[:, 0] - 1
+        noise = torch.randn(count, 2, 10, generator=draw)
+        noise -= (noise * directions).sum(-1, keepdim=True) * directions
+        along = signs * margins * (0.5 + torch.rand(count, 2, generator=draw))
+        blocks = noise + along[..., None] * directions
+        return data.Split(blocks.flatten(1), labels[:, 0]).to(device)
+
+    sizes = (min(config.rows, 1000), 500, 1000)
+    return Rows(*(split(count, True) for count in sizes), *(split(count, False) for count in (2000, 500, 2000)))
+
+
+def measure(config: Config, arm: str, seed: int, context: Context) -> list[Record]:
+    """One arm on every task."""
+    records: list[Record] = []
+    benches = [Bench(config, seed, context.device, DIGITS)]
+    if config.objects and arm in ON_OBJECTS:
+        benches.append(Bench(config, seed, context.device, OBJECTS))
+    for index, bench in enumerate(benches):
+        context.progress(index / (len(benches) + 1))
+        records += _on_images(bench, arm, context)
+    others = [Bench(config, seed, context.device, REDUNDANT, ratio) for ratio in RATIOS] if arm in PLANTED else []
+    others += [Bench(config, seed, context.device, DECAYED)] if arm in PROBED_MORE else []
+    for bench in others:
+        found = [_probed(bench, each, PROBED) for each in _representations(bench, arm, context)]
+        records.append({"task": bench.task, "what": "probe", "n": PROBED, "ratio": bench.ratio, **_mean(found)})
+    return records
+
+
+def _on_images(bench: Bench, arm: str, context: Context) -> list[Record]:
+    """Probes, fine-tuning, few shots and shifted environments of one arm on one pair of source and target."""
+    records: list[Record] = []
+    here = {"task": bench.task}
+    if arm == ENSEMBLE:
+        return [{**here, "what": "probe", "n": PROBED, "source": _ensemble(bench, context)}]
+    if arm == TUNED_JOINTLY:
+        return [{**here, "what": "tuned", "accuracy": _tuned(bench, arm, [], context)}]
+    if arm == COPIES:
+        return [{**here, "what": "probe", "n": PROBED, **_copies(bench, context)}]
+    found = [_Shown(bench, each, arm == PROTOTYPES) for each in _representations(bench, arm, context)]
+    for n in bench.config.targets:
+        scores = [{"accuracy": each.accuracy(n), "source": each.source} for each in found]
+        records.append({**here, "what": "probe", "n": n, **_mean(scores)})
+    records[0] = {**records[0], "narrow": _mean([{"x": each.narrow()} for each in found])["x"]}
+    if arm in FEW and bench.task != OBJECTS:
+        records.append({**here, "what": "few shots", **_mean([each.few_shots() for each in found])})
+    if bench.task == OBJECTS:
+        return records
+    if arm in TUNED:
+        representations = [each.cat for each in found]
+        records.append({**here, "what": "tuned", "accuracy": _tuned(bench, arm, representations, context)})
+    if arm in SHIFTED:
+        records.append({**here, "what": "shifted", **_shifted(bench, found)})
+    if arm == SINGLE:
+        records.append({**here, "what": "members", **_members_alike(bench, context)})
+    return records
+
+
+def _mean(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: sum(each[name] for each in found) / len(found) for name in found[0]}
+
+
+# What the arms train
+
+
+def _members(bench: Bench, context: Context) -> list[nn.Module]:
+    """The members of this seed."""
+
+    def make() -> dict[str, Tensor]:
+        networks = bench.train([_fresh(bench, 10 + index) for index in range(bench.members)], 30)
+        return {f"{i}/{name}": value for i, each in enumerate(networks) for name, value in each.state_dict().items()}
+
+    found = context.artifact(f"members-{bench.task}-{bench.ratio:g}", make)
+    networks = []
+    for index in range(bench.members):
+        network = bench.network(bench.generator(0))
+        prefix = f"{index}/"
+        network.load_state_dict({name.removeprefix(prefix): v for name, v in found.items() if name.startswith(prefix)})
+        networks.append(network.eval())
+    return networks
+
+
+def _fresh(bench: Bench, purpose: int, factor: float = 1.0) -> Callable[[], nn.Module]:
+    """Makes the same network at each call: all weight decays start from one initialisation."""
+    return lambda: bench.network(bench.generator(purpose), factor)
+
+
+def _representations(bench: Bench, arm: str, context: Context) -> list[Concatenation]:
+    """What the arm has learned on the source, as many times as it was trained."""
+    if arm in SETS:
+        members, count = _members(bench, context), SETS[arm]
+        return [concatenate(members[at : at + count], head=None) for at in range(0, bench.members, count)]
+    if arm == JOINT:
+        networks = bench.train([partial(_towers, bench, 50 + index) for index in range(bench.runs)], 60)
+        for network in networks:
+            network.head = None  # type: ignore[assignment]
+        return [network.eval() for network in networks]  # type: ignore[misc]
+    if arm in (WIDE, EQUAL):
+        factor = 4.0 if arm == WIDE else bench.equal_factor()
+        trained = bench.train([_fresh(bench, 70 + index, factor) for index in range(bench.runs)], 80)
+        return [concatenate([network], head=None) for network in trained]
+    if arm == DISTILLED:
+        members = _members(bench, context)
+        sets = [members[at : at + 4] for at in range(0, len(members), 4)]
+        return [concatenate([_distilled(bench, each, at)], head=None) for at, each in enumerate(sets)]
+    if arm == SNAPSHOTS:
+        return [concatenate(_snapshots(bench, 110 + index), head=None) for index in range(2)]
+    return [_episodic(bench, 130 + index) for index in range(2)]
+
+
+def _towers(bench: Bench, purpose: int) -> Concatenation:
+    """The architecture of CAT4 at a fresh initialisation, to be trained once, as a whole."""
+    generator = bench.generator(purpose)
+    towers = [bench.network(generator) for _ in range(4)]
+    network = concatenate(towers, frozen=False)
+    # The head of a single network of this width: averaged heads are small and would slow the towers down.
+    models.initialise(network.head, "he", generator)
+    return network
+
+
+def _distilled(bench: Bench, teachers: Sequence[nn.Module], index: int) -> nn.Module:
+    """A student trained as long, on the same rows, at the smallest weight decay."""
+    return distill(
+        bench.network(bench.generator(90 + index)),
+        Replicas(teachers) if bench.stacks else teachers,
+        bench.rows.source.inputs,
+        optimizer=_sgd(bench.config.learning_rate, bench.config.decays[0]),
+        steps=bench.steps,
+        batch_size=bench.config.batch_size,
+        generator=bench.generator(100 + index),
+        scheduler=partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=bench.steps),
+    )
+
+
+def _snapshots(bench: Bench, purpose: int) -> list[nn.Module]:
+    """Four networks along one run of a member's length at a learning rate that stays high."""
+    network, source = bench.network(bench.generator(purpose)), bench.rows.source
+    optimizer = _sgd(bench.config.learning_rate, bench.config.decays[0])(network.parameters())
+    every = bench.steps // 5
+    with Snapshots(network, optimizer, every=every, after=every) as snapshots:
+        fit(
+            network,
+            source.inputs,
+            source.targets,
+            optimizer=optimizer,
+            steps=5 * every,
+            batch_size=bench.config.batch_size,
+            generator=bench.generator(purpose + 10),
+        )
+    return snapshots.members
+
+
+def _episodic(bench: Bench, purpose: int) -> Concatenation:
+    """A network whose features are trained so that rows lie near their class's mean: ProtoNet on source episodes.
+
+    Each step is an episode of all classes with half of the batch to form means and half to be classified.
+    """
+    network, source = bench.network(bench.generator(purpose)), bench.rows.source
+    trunk = concatenate([network], head=None, frozen=False)
+    half = max(bench.config.batch_size // bench.classes // 2, 1)
+    smallest = int(torch.bincount(source.targets).min())
+    tasks = Episodes.draw(
+        source.targets,
+        ways=bench.classes,
+        shots=min(half, smallest // 2),
+        queries=min(half, smallest // 2),
+        episodes=bench.steps,
+        generator=bench.generator(purpose + 10),
+    )
+    optimizer = _sgd(bench.config.learning_rate / 10, bench.config.decays[0])(trunk.parameters())
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, bench.steps)
+    for support, query in zip(tasks.support, tasks.query, strict=True):
+        features = trunk(source.inputs[torch.cat([support, query], 1).flatten()])
+        near, far = features.unflatten(0, (bench.classes, -1)).split((support.shape[1], query.shape[1]), 1)
+        distances = torch.cdist(far.flatten(0, 1), near.mean(1)).square()
+        labels = torch.arange(bench.classes, device=features.device).repeat_interleave(query.shape[1])
+        optimizer.zero_grad()
+        F.cross_entropy(-distances, labels).backward()
+        optimizer.step()
+        schedule.step()
+    return trunk
+
+
+# What is measured
+
+
+class _Shown:
+    """The features of one representation on the rows that are needed, and what heads make of them."""
+
+    def __init__(self, bench: Bench, cat: Concatenation, prototypes: bool = False):
+        self.bench, self.cat, self.prototypes = bench, cat.eval(), prototypes
+        rows = bench.rows
+        self.target = self._features(rows.target.inputs[: 10 * max(bench.config.targets)])
+        self.target_test = self._features(rows.target_test.inputs)
+
+    def _features(self, inputs: Tensor) -> Tensor:
+        return self.cat.extract(list(inputs.split(1000)))
+
+    @cached_property
+    def source(self) -> float:
+        """Accuracy on the source of a head fitted anew, by ridge regression, on the training rows."""
+        rows = self.bench.rows
+        head = probe(self._features(rows.source.inputs), rows.source.targets, loss="ridge", classes=self.bench.classes)
+        return head.accuracy(self._features(rows.source_test.inputs), rows.source_test.targets)
+
+    def _probe(self, features: Tensor, labels: Tensor) -> Any:
+        grid = [10.0**exponent for exponent in self.bench.config.penalties]
+        return probe(features, labels, penalties=grid, classes=self.bench.classes, folds=3 if len(labels) > 500 else 5)
+
+    def accuracy(self, n: int, columns: Tensor | None = None) -> float:
+        """Test accuracy of probes on n target rows, mean over draws of these rows."""
+        rows, total = self.bench.rows, 0.0
+        take = slice(None) if columns is None else columns
+        for draw in range(self.bench.config.draws):
+            order = torch.randperm(len(self.target), generator=self.bench.generator(300 + draw))[:n]
+            head = self._probe(self.target[order][:, take], rows.target.targets[order])
+            total += head.accuracy(self.target_test[:, take], rows.target_test.targets)
+        return total / self.bench.config.draws
+
+    def narrow(self) -> float:
+        """The same with as many features as one member has, drawn at random."""
+        width = self.target.shape[1]
+        own = self.bench.config.channels[-1] if self.bench.task == OBJECTS else self.bench.config.width
+        columns = torch.randperm(width, generator=self.bench.generator(400))[: min(own, width)]
+        return self.accuracy(PROBED, columns)
+
+    def few_shots(self) -> dict[str, float]:
+        """Mean accuracy over episodes on the target's test rows."""
+        found = {}
+        labels = self.bench.rows.target_test.targets
+        for shots in (1, 5):
+            tasks = Episodes.draw(
+                labels,
+                shots=shots,
+                queries=15,
+                episodes=self.bench.config.episodes,
+                generator=self.bench.generator(500 + shots),
+            )
+            head = "prototype" if self.prototypes else "cosine"
+            blocks = None if self.prototypes else self.cat.widths
+            found[f"shots_{shots}"] = few_shot(self.target_test, tasks, head=head, blocks=blocks).mean
+        return found
+
+    def shifted(self) -> float:
+        """Accuracy on far rotated source rows of a vREx head; its weight is chosen on the training environments."""
+        near = [self._rotated("source", degrees, 300) for degrees in ROTATIONS]
+        held = [self._rotated("source_validation", degrees, 200) for degrees in ROTATIONS]
+        features, labels = (torch.cat(parts) for parts in zip(*near, strict=True))
+        environments = torch.arange(len(near)).repeat_interleave(len(near[0][1]))
+        best: tuple[float, Any] = (-1.0, None)
+        for variance in self.bench.config.variances:
+            head = invariant_probe(features, labels, environments, variance=variance, iterations=50)
+            score = sum(head.accuracy(*each) for each in held)
+            best = max(best, (score, head), key=lambda pair: pair[0])
+        far, answers = self._rotated("source_test", FAR, 2000)
+        found = evaluate_by_environment(best[1], far, answers, torch.zeros_like(answers))
+        return found.worst
+
+    def _rotated(self, part: str, degrees: float, count: int) -> tuple[Tensor, Tensor]:
+        rows = getattr(self.bench.rows, part)
+        rows = rows.take(min(count, len(rows)))
+        return self._features(_turned(rows.inputs, degrees)), rows.targets
+
+
+def _turned(images: Tensor, degrees: float) -> Tensor:
+    angle = torch.deg2rad(torch.tensor(degrees))
+    turn = torch.tensor([[angle.cos(), -angle.sin(), 0.0], [angle.sin(), angle.cos(), 0.0]], device=images.device)
+    grid = F.affine_grid(turn.expand(len(images), 2, 3), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False)
+
+
+def _probed(bench: Bench, cat: Concatenation, n: int) -> dict[str, float]:
+    shown = _Shown(bench, cat)
+    return {"accuracy": shown.accuracy(n), "source": shown.source}
+
+
+def _ensemble(bench: Bench, context: Context) -> float:
+    """Source accuracy of four members' mean logits, mean over two sets."""
+    members, rows = _members(bench, context), bench.rows.source_test
+    cats = [concatenate(members[at : at + 4]) for at in range(0, len(members), 4)]
+    return sum(float(measure_loss(cat, rows.inputs, rows.targets)[1]) for cat in cats) / len(cats)
+
+
+def _copies(bench: Bench, context: Context) -> dict[str, float]:
+    """How much four copies of a member gain over it."""
+    one = _Shown(bench, concatenate(_members(bench, context)[:1], head=None))
+    alone = one.accuracy(PROBED)
+    one.target, one.target_test = one.target.repeat(1, 4), one.target_test.repeat(1, 4)
+    copies = one.accuracy(PROBED)
+    return {"accuracy": copies, "gained": copies - alone}
+
+
+def _shifted(bench: Bench, found: Sequence[_Shown]) -> dict[str, float]:
+    """Mean over the disjoint sets of members, and the variance between them."""
+    accuracies = torch.tensor([each.shifted() for each in found], dtype=torch.float64)
+    spread = {"variance": float(accuracies.var())} if len(accuracies) > 1 else {}
+    return {"accuracy": float(accuracies.mean()), **spread}
+
+
+def _members_alike(bench: Bench, context: Context) -> dict[str, float]:
+    """How equally members do, and how much of each other's features they hold."""
+    members, rows = _members(bench, context), bench.rows.source_test
+    accuracies = torch.tensor([float(measure_loss(each, rows.inputs, rows.targets)[1]) for each in members])
+    cat = concatenate(members, head=None)
+    found = overlap(cat.extract(rows.inputs[:1000]), cat.widths, rows=600)
+    return {
+        "spread": float(accuracies.std()),
+        "similarity": found.between(found.similarity),
+        "predictable": found.between(found.predictable),
+        "rank": found.rank / float(found.ranks.double().mean()),
+    }
+
+
+# Fine-tuning
+
+
+def _tuned(bench: Bench, arm: str, representations: Sequence[Concatenation], context: Context) -> float:
+    """Test accuracy after fine-tuning on target rows, at the learning rate that is best on validation rows."""
+    rows, best = bench.rows, (-1.0, 0.0)
+    for rate in bench.config.tuning_rates:
+        networks = _tune(bench, arm, rate, representations, context)
+        scores = [
+            sum(float(measure_loss(each, part.inputs, part.targets)[1]) for each in networks) / len(networks)
+            for part in (rows.target_validation, rows.target_test)
+        ]
+        best = max(best, (scores[0], scores[1]))
+    return best[1]
+
+
+def _tune(
+    bench: Bench, arm: str, rate: float, representations: Sequence[Concatenation], context: Context
+) -> list[nn.Module]:
+    """The arm's networks after fine-tuning."""
+    generator, classes = bench.generator(600), bench.classes
+    finetune = partial(_descend, bench, rate, bench.config.tuning_steps)
+    if arm == CAT4:
+        stack = Replicas(_members(bench, context)[:4])
+        head = partial(_head_alone, bench)
+        return [two_stage(stack, finetune, head, classes=classes, generator=generator).eval()]
+    if arm == SINGLE:
+        stack = new_head(Replicas(_members(bench, context)[:4]), classes, generator=generator)
+        finetune(stack)
+        return stack.unstack()
+    if arm == TUNED_JOINTLY:
+        stack = Replicas(_members(bench, context)[:4])
+        networks: list[nn.Module] = [concatenate(stack, head="new", classes=classes, frozen=False, generator=generator)]
+    else:
+        networks = [copy.deepcopy(each) for each in representations]
+        for network in networks:
+            network.frozen = False  # type: ignore[assignment]
+            network.requires_grad_(True)
+            width = sum(network.widths)  # type: ignore[arg-type]
+            network.head = new_head(nn.Linear(width, 1), classes, generator=generator).to(bench.device)
+    for network in networks:
+        finetune(network)
+    return networks
+
+
+def _descend(bench: Bench, rate: float, steps: int, network: nn.Module) -> None:
+    """Fine-tune a network, or a stack, on the first target rows."""
+    rows = bench.rows.target.take(min(max(bench.config.targets), len(bench.rows.target)))
+    fit(
+        network,
+        rows.inputs,
+        rows.targets,
+        optimizer=_sgd(rate, bench.config.decays[0]),
+        steps=steps,
+        batch_size=32,
+        generator=bench.generator(610),
+        scheduler=partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=steps),
+    )
+
+
+def _head_alone(bench: Bench, cat: Concatenation) -> None:
+    """Two epochs at learning rate 1e-3 on the head, as the official code."""
+    rows = bench.rows.target.take(min(max(bench.config.targets), len(bench.rows.target)))
+    assert cat.head is not None
+    fit(
+        cat,
+        rows.inputs,
+        rows.targets,
+        optimizer=lambda _: torch.optim.SGD(cat.head.parameters(), lr=1e-3, momentum=0.9),  # type: ignore[union-attr]
+        steps=2 * max(len(rows) // 32, 1),
+        batch_size=32,
+        generator=bench.generator(620),
+    )
+
+
+# The description
+
+
+def figure(results: Results) -> Figure:
+    """Figure 1's columns redrawn: accuracy on the source, and of probes on the target, for each arm."""
+    tasks = [task for task in results.coordinates("task") if task in (DIGITS, OBJECTS)]
+    drawing = Figure(figsize=(9, 3.2 * len(tasks)), layout="constrained")
+    rows = drawing.subplots(len(tasks), 2, squeeze=False)
+    arms = (SINGLE, CAT2, CAT4, CAT8, DISTILLED, JOINT, EQUAL, WIDE)
+    for axes, task in zip(rows, tasks, strict=True):
+        _bars(axes[0], results, arms, "source", {"task": task, "what": "probe", "n": PROBED})
+        axes[0].set_title(f"{task}: source", fontsize=9)
+        _bars(axes[1], results, arms, "accuracy", {"task": task, "what": "probe", "n": PROBED})
+        axes[1].set_title(f"{task}: {PROBED} target rows, linear probe", fontsize=9)
+        axes[1].set_yticklabels([])
+    return drawing
+
+
+def _bars(axes: Any, results: Results, arms: Sequence[str], metric: str, where: Mapping[str, object]) -> None:
+    known = {record["arm"] for record in results.select(where=where)}
+    shown = [arm for arm in arms if arm in known]
+    intervals = [bootstrap_mean(list(results.by_seed(metric, arm, where).values())) for arm in shown]
+    colours = ["C0" if arm in SETS else "C2" if arm == DISTILLED else "C1" for arm in shown]
+    places = range(len(shown))
+    axes.barh(places, [each.mean for each in intervals], color=colours, height=0.6)
+    for place, each in zip(places, intervals, strict=True):
+        if each.high < float("inf") and each.low > -float("inf"):
+            axes.plot([each.low, each.high], [place, place], color="0.2", linewidth=1.2)
+    axes.set_yticks(list(places), shown, fontsize=8)
+    axes.invert_yaxis()
+    low = min((each.mean for each in intervals), default=0.0)
+    axes.set_xlim(left=max(0.0, low - 0.1))
+    axes.set_xlabel("test accuracy")
+
+
+def at(what: str, task: str = DIGITS, **more: object) -> dict[str, object]:
+    """The coordinates of one measurement."""
+    return {"task": task, "what": what, **({"n": PROBED} if what == "probe" else {}), **more}
+
+
+study = Study(
+    slug="concatenated-representations",
+    paper=Paper(
+        title="Learning useful representations for shifting tasks and distributions",
+        authors="Jianyu Zhang, Léon Bottou",
+        year=2023,
+        venue="ICML 2023",
+        arxiv="2212.07346",
+    ),
+    method="etude.merge.concatenation, etude.merge.probing, etude.merge.episodes, etude.merge.distillation, "
+    "etude.merge.members, etude.merge.redundancy",
+    presets=PRESETS,
+    arms=(
+        SINGLE,
+        CAT2,
+        CAT4,
+        CAT8,
+        JOINT,
+        WIDE,
+        EQUAL,
+        DISTILLED,
+        SNAPSHOTS,
+        COPIES,
+        ENSEMBLE,
+        TUNED_JOINTLY,
+        PROTOTYPES,
+    ),
+    measure=measure,
+    claims=(
+        Claim(
+            "C1",
+            "Runs that differ only in their seed perform alike on what they were trained on.",
+            paper="Fig. 1: ResNet-50 on ImageNet, about 75.6 % each",
+            rule=at_most(SINGLE, metric="spread", value=0.005, where=at("members")),
+        ),
+        Claim(
+            "C2",
+            "On a new task, a linear probe on the concatenation beats the same architecture trained once, and a wide "
+            "network.",
+            paper="Fig. 1, ImageNet to CIFAR-100: 73.2 for one network, 78.2 for CAT4, 72.7 and 74.8 for wide ones",
+            rule=all_of(
+                better(CAT4, than=SINGLE, metric="accuracy", where=at("probe")),
+                better(CAT4, than=JOINT, metric="accuracy", where=at("probe")),
+                better(CAT4, than=WIDE, metric="accuracy", where=at("probe")),
+            ),
+            note="The concatenation is far above one member. But five digits are learned from features that are hardly "
+            "better on the other five than random ones (four untrained towers come within some points of CAT4), and "
+            "one training of a larger network changes each of its parts less: it keeps more of them.",
+        ),
+        Claim(
+            "C2b",
+            "The same after a training in which weight decay acts about as long as in the paper's.",
+            paper="As C2; learning rate over 1 - momentum times decay, integrated over the ImageNet recipe, is 17",
+            rule=all_of(
+                better(CAT4, than=SINGLE, metric="accuracy", where=at("probe", DECAYED)),
+                better(CAT4, than=JOINT, metric="accuracy", where=at("probe", DECAYED)),
+                better(CAT4, than=WIDE, metric="accuracy", where=at("probe", DECAYED)),
+            ),
+        ),
+        Claim(
+            "C2c",
+            "The same for convolutional networks on five classes of CIFAR-10 and the other five.",
+            paper="As C2",
+            rule=all_of(
+                better(CAT4, than=SINGLE, metric="accuracy", where=at("probe", OBJECTS)),
+                better(CAT4, than=JOINT, metric="accuracy", where=at("probe", OBJECTS)),
+                better(CAT4, than=WIDE, metric="accuracy", where=at("probe", OBJECTS)),
+            ),
+            note="Measured where CIFAR-10 is at hand.",
+        ),
+        Claim(
+            "C3",
+            "On the training distribution the concatenation does as a wide network does.",
+            paper="Fig. 1, ImageNet: 77.6 and 78.45 for wide networks, 78.15 for CAT4, 75.6 for one network",
+            rule=within(CAT4, than=WIDE, metric="source", margin=0.005, where=at("probe")),
+        ),
+        Claim(
+            "C4",
+            "The representations of different runs differ.",
+            paper="Implied by C2 and C3",
+            rule=all_of(
+                at_most(SINGLE, metric="similarity", value=0.95, where=at("members")),
+                at_most(SINGLE, metric="predictable", value=0.95, where=at("members")),
+            ),
+        ),
+        Claim(
+            "control",
+            "Concatenating copies of one member gains nothing.",
+            rule=all_of(
+                at_most(COPIES, metric="gained", value=0.02, where=at("probe")),
+                better(CAT4, than=COPIES, metric="accuracy", where=at("probe")),
+            ),
+        ),
+        Claim(
+            "C5",
+            "Fine-tuning the members by themselves first beats fine-tuning the concatenation as a whole.",
+            paper="Fig. 1, CIFAR-100: one network 85.6, jointly 86.65, in two stages 88.5",
+            rule=better(CAT4, than=TUNED_JOINTLY, metric="accuracy", where=at("tuned")),
+        ),
+        Claim(
+            "C6",
+            "One network distilled from the concatenation holds much of its gain under a linear probe.",
+            paper="Fig. 1, CIFAR-100: one network 73.2, DISTILL5 76.5",
+            rule=better(DISTILLED, than=SINGLE, metric="accuracy", where=at("probe")),
+        ),
+        Claim(
+            "C6b",
+            "Fine-tuned, the distilled network is no better than one network.",
+            paper="Fig. 1, CIFAR-100: 85.3 against 85.6",
+            rule=no_worse(SINGLE, than=DISTILLED, metric="accuracy", margin=0.005, where=at("tuned")),
+        ),
+        Claim(
+            "C7",
+            "With few shots the concatenation and the distilled network beat one network with a cosine classifier, and "
+            "a network trained on episodes.",
+            paper="Fig. 3, miniImageNet 5-way 1-shot: Baseline++ 57.5, CAT5 63.6, DISTILL5 62.9",
+            rule=all_of(
+                better(CAT4, than=SINGLE, metric="shots_1", where=at("few shots")),
+                better(CAT4, than=SINGLE, metric="shots_5", where=at("few shots")),
+                better(DISTILLED, than=SINGLE, metric="shots_1", where=at("few shots")),
+                better(CAT4, than=PROTOTYPES, metric="shots_1", where=at("few shots")),
+            ),
+        ),
+        Claim(
+            "C7b",
+            "Snapshots of a single run do so too.",
+            paper="Fig. 3, miniImageNet 5-way 1-shot: 63.0 from snapshots, 63.6 from five runs",
+            rule=better(SNAPSHOTS, than=SINGLE, metric="shots_1", where=at("few shots")),
+        ),
+        Claim(
+            "C8",
+            "Under a shift of the environment accuracy rises, and varies less between trainings, with more members.",
+            paper="Fig. 4, Camelyon17: one 69.6±10.5, CAT2 74.3±8.0, CAT5 75.2±2.9, CAT20 76.4±0.5",
+            rule=all_of(
+                better(CAT4, than=SINGLE, metric="accuracy", where=at("shifted")),
+                better(CAT2, than=SINGLE, metric="variance", where=at("shifted"), lower=True),
+            ),
+        ),
+        Claim(
+            "C9",
+            "One training has no reason to build redundant features: of two sufficient cues it neglects the weaker, "
+            "and the concatenation holds more of it.",
+            paper="Section 2",
+            rule=all_of(
+                better(CAT4, than=SINGLE, metric="accuracy", where=at("probe", REDUNDANT, ratio=1.0)),
+                at_least(SINGLE, metric="source", value=0.99, where=at("probe", REDUNDANT, ratio=4.0)),
+                increases_with(
+                    "ratio",
+                    arm=SINGLE,
+                    metric="accuracy",
+                    where={"task": REDUNDANT, "what": "probe", "n": PROBED},
+                    decreases=True,
+                ),
+            ),
+        ),
+    ),
+    figure=figure,
+    usage="""from etude.merge import concatenate, probe
+
+cat = concatenate([first, second, third], head=None)  # trained networks that differ in their seed
+cat.head = probe(cat.extract(batches), labels)        # one linear layer for the new task
+""",
+    headline="accuracy",
+)

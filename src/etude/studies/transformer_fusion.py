@@ -1,0 +1,765 @@
+"""Transformer Fusion with Optimal Transport: two parents of one task from different seeds, made into one network.
+
+One seed of the study is a family of parents of its own. One-shot, vision transformers of several widths are fused by
+every variant of the method; finetuned, the fused network, the plain average and the parents train on for equally long,
+each at the best of the same learning rates. Two fully connected and two convolutional networks, and two masked language
+models, go through the same function.
+
+Whatever is chosen (the strength of the regularisation, the learning rate) is chosen for each arm by itself on
+validation rows; the samples that align the networks are held-out rows as well.
+"""
+
+import copy
+import importlib.util
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from etude import data, models
+from etude.core.training import fit
+from etude.lab import Claim, Context, Paper, Record, Results, Study, all_of, better, no_worse
+from etude.lab.statistics import bootstrap_mean
+from etude.merge import Ensemble, Exact, Sinkhorn, average, fuse, match_weights
+
+AVERAGE, EXACT, SINKHORN, REBASIN = "average", "exact", "Sinkhorn", "Git Re-Basin"
+WEIGHTS, UNIFORM = "Sinkhorn on weights", "uniform plans"
+BRANCH, STREAM, IDENTITY = "residual: branch", "residual: stream", "residual: identity"
+SCALAR, MATRIX = "residual: weighted scalar", "residual: weighted matrix"
+WITHIN, SHARED, JOINT = "heads: within", "query-key: shared", "query-key: joint"
+ANCHOR, PARENT, ENSEMBLE = "anchor", "better parent", "ensemble"
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    EXACT: {},
+    SINKHORN: {},
+    UNIFORM: {},
+    WEIGHTS: {"alignment": "weights"},
+    BRANCH: {"residual": "branch"},
+    STREAM: {"residual": "stream"},
+    IDENTITY: {"residual": "identity"},
+    SCALAR: {"residual": "weighted_scalar"},
+    MATRIX: {"residual": "weighted_matrix"},
+    WITHIN: {"heads": "within"},
+    SHARED: {"query_key": "shared"},
+    JOINT: {"query_key": "joint"},
+}
+"""What each arm of the method gives to `fuse`, but for the solver, which is Sinkhorn's in all but the first."""
+
+SPREAD = 1e3
+"""A regularisation at which every neuron is spread evenly over all: plans that know nothing of the networks."""
+
+ALONE = (ANCHOR, PARENT, ENSEMBLE)
+MAIN = (AVERAGE, EXACT, SINKHORN, UNIFORM, *ALONE)
+FINETUNED_ARMS = (AVERAGE, SINKHORN, UNIFORM)
+ARMS = (AVERAGE, REBASIN, *VARIANTS, *ALONE)
+
+ONE_SHOT, WIDTHS, STRENGTHS, SHARES = "one-shot", "widths", "strengths", "shares"
+FINETUNED, NARROWER, WIDER = "finetuned", "into a narrower anchor", "into a wider anchor"
+IMAGES, OBJECTS = "images", "objects"
+DENSE, CONVOLUTIONAL, LANGUAGE = "fully connected", "convolutional", "language"
+WITHOUT_TRANSFORMERS = "language (transformers is not installed)"
+
+MASK, IGNORED = 0, -100
+MASKED = 0.15
+"""Share of a text's tokens that are hidden, all of them behind the mask."""
+
+SCORED = 1024
+
+
+@dataclass(frozen=True)
+class Config:
+    """One size of the experiments.
+
+    Args:
+        images: data of the one-shot trials.
+        image_rows: training images.
+        image_epochs: of a parent.
+        image_patch: height and width of a patch.
+        widths: at which soft and hard plans are compared.
+        objects: data of the finetuned trials.
+        object_rows: training images; few enough for parents to stop improving within their training.
+        object_epochs: of a parent.
+        object_patch: height and width of a patch.
+        object_batch_size: rows a step.
+        narrow: width of the narrower parent.
+        text: data of the language models; stories are generated where it is empty.
+        text_length: characters a line.
+        text_rows: training lines.
+        text_epochs: of a parent.
+        text_width: of the language models.
+        text_depth: their layers.
+        width: of the vision transformers, but where it varies.
+        depth: blocks.
+        heads: a block.
+        expansion: of a block's MLP.
+        chain_epochs: of fully connected and convolutional parents.
+        chain_width: units or channels a layer.
+        batch_size: rows a step of all others.
+        learning_rate: the highest of the one-cycle schedule.
+        weight_decay: of AdamW.
+        samples: held-out rows that align the networks.
+        strengths: regularisations that every arm with Sinkhorn's plans chooses from.
+        curve: regularisations of the sensitivity curve.
+        shares: of the anchor, for the interpolation curve.
+        validation_rows: rows to choose on.
+        test_rows: to report on, where nothing is finetuned.
+        curve_rows: test rows of the two curves.
+        tuned_length: of finetuning, as a share of a parent's training.
+        tuned_rates: learning rates that every finetuned arm chooses from.
+    """
+
+    images: str = "mnist"
+    image_rows: int = 12_000
+    image_epochs: int = 3
+    image_patch: int = 7
+    widths: tuple[int, ...] = (16, 32, 64)
+    objects: str = "cifar10"
+    object_rows: int = 2_000
+    object_epochs: int = 24
+    object_patch: int = 8
+    object_batch_size: int = 128
+    narrow: int = 32
+    text: str = "tinyshakespeare"
+    text_length: int = 16
+    text_rows: int = 28_000
+    text_epochs: int = 2
+    text_width: int = 64
+    text_depth: int = 2
+    width: int = 64
+    depth: int = 3
+    heads: int = 4
+    expansion: int = 2
+    chain_epochs: int = 2
+    chain_width: int = 32
+    batch_size: int = 64
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.05
+    samples: int = 200
+    strengths: tuple[float, ...] = (0.02, 0.05, 0.08, 0.2)
+    curve: tuple[float, ...] = (0.005, 0.02, 0.08, 0.2, 1.0, 10.0)
+    shares: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    validation_rows: int = 1_000
+    test_rows: int = 5_000
+    curve_rows: int = 1_000
+    tuned_length: float = 0.1
+    tuned_rates: tuple[float, ...] = (3e-3, 1e-3, 3e-4)
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        """The data that are needed."""
+        return tuple(dict.fromkeys(name for name in (self.images, self.objects, self.text) if name))
+
+    @property
+    def finetuned(self) -> str:
+        """The kind of the parents of finetuned trials: those of the one-shot trials where these are just the same."""
+        images = (self.images, self.image_rows, self.image_epochs, self.image_patch)
+        objects = (self.objects, self.object_rows, self.object_epochs, self.object_patch)
+        return IMAGES if images == objects else OBJECTS
+
+
+DIGITS = Config(
+    images="digits",
+    image_rows=1_200,
+    image_epochs=10,
+    image_patch=2,
+    widths=(32,),
+    objects="digits",
+    object_rows=1_200,
+    object_epochs=10,
+    object_patch=2,
+    narrow=16,
+    text="",
+    text_rows=600,
+    text_epochs=4,
+    text_width=32,
+    width=32,
+    depth=1,
+    chain_epochs=6,
+    learning_rate=5e-3,
+    samples=100,
+    strengths=(0.05, 0.2),
+    curve=(0.02, 1.0),
+    shares=(0.0, 0.5, 1.0),
+    validation_rows=100,
+    curve_rows=200,
+    tuned_rates=(3e-3, 1e-3),
+)
+
+PRESETS = {
+    "smoke": replace(
+        DIGITS,
+        image_epochs=2,
+        object_epochs=2,
+        text_epochs=1,
+        chain_epochs=1,
+        widths=(16,),
+        width=16,
+        narrow=8,
+        strengths=(0.08,),
+        shares=(0.5,),
+        tuned_rates=(1e-3,),
+    ),
+    "small": (Config(), DIGITS),
+    "paper": Config(
+        images="cifar10",
+        image_rows=45_000,
+        image_epochs=250,
+        image_patch=4,
+        widths=(192, 384, 768),
+        object_rows=45_000,
+        object_epochs=250,
+        object_patch=4,
+        narrow=192,
+        test_rows=10_000,
+        text_length=64,
+        text_rows=13_000,
+        text_epochs=100,
+        text_width=384,
+        text_depth=6,
+        width=384,
+        depth=7,
+        heads=12,
+        expansion=4,
+        chain_epochs=60,
+        chain_width=256,
+        batch_size=128,
+        learning_rate=1e-3,
+        tuned_length=0.2,
+        tuned_rates=(1e-3, 3e-4, 1e-4),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Parent:
+    """One network of the family: its kind, its width and which of several it is."""
+
+    kind: str
+    width: int
+    index: int
+
+    @property
+    def name(self) -> str:
+        """A plain name for its artifacts."""
+        return f"{self.kind}-{self.width}-{self.index}"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Two parents to be made one, and the arms that do it.
+
+    Args:
+        name: of the trial.
+        first: the parent that is aligned.
+        anchor: the parent it is aligned to.
+        arms: those that take part.
+        tuned: whether what they make is finetuned too.
+    """
+
+    name: str
+    first: Parent
+    anchor: Parent
+    arms: tuple[str, ...]
+    tuned: bool = False
+
+
+def trials(config: Config) -> list[Trial]:
+    """All trials of one seed; vision transformers of the usual width are the only ones that try every arm."""
+    usual, kind = config.width, config.finetuned
+    found = [
+        Trial(
+            ONE_SHOT if width == usual else WIDTHS,
+            Parent(IMAGES, width, 0),
+            Parent(IMAGES, width, 1),
+            ARMS if width == usual else MAIN,
+        )
+        for width in config.widths
+    ]
+    first, anchor, narrow = Parent(kind, usual, 0), Parent(kind, usual, 1), Parent(kind, config.narrow, 0)
+    found += [
+        Trial(FINETUNED, first, anchor, MAIN, tuned=True),
+        Trial(NARROWER, first, narrow, (EXACT, SINKHORN, ANCHOR), tuned=True),
+        Trial(WIDER, narrow, anchor, (EXACT, SINKHORN, ANCHOR), tuned=True),
+    ]
+    for name in (DENSE, CONVOLUTIONAL):
+        found.append(Trial(name, Parent(name, config.chain_width, 0), Parent(name, config.chain_width, 1), MAIN))
+    if importlib.util.find_spec("transformers"):
+        pair = Parent(LANGUAGE, config.text_width, 0), Parent(LANGUAGE, config.text_width, 1)
+        found.append(Trial(LANGUAGE, *pair, MAIN, tuned=True))
+    return found
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The data of one kind of parent: rows to learn from, to align with, to choose on and to report on."""
+
+    train: data.Split
+    samples: Tensor
+    validation: data.Split
+    test: data.Split
+    classes: int
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What all arms of one seed share: the data, the parents and their recipes."""
+
+    config: Config
+    seed: int
+    context: Context
+
+    def generator(self, purpose: int, index: int = 0) -> torch.Generator:
+        """A generator of its own for each purpose and parent."""
+        return torch.Generator().manual_seed(1_000_003 * purpose + 101 * self.seed + index)
+
+    def rows(self, kind: str) -> Rows:
+        """The data of one kind of parent."""
+        return self._lines() if kind == LANGUAGE else self._pictures(kind)
+
+    def _pictures(self, kind: str) -> Rows:
+        """Images with each channel of the training rows at mean 0 and deviation 1."""
+        config = self.config
+        name, count = (config.objects, config.object_rows) if kind == OBJECTS else (config.images, config.image_rows)
+        found = data.load(name)
+        train = found.train.take(count)
+        mean, deviation = train.inputs.mean((0, 2, 3), keepdim=True), train.inputs.std((0, 2, 3), keepdim=True)
+        parts = [train, found.validation, found.test]
+        train, held, test = (
+            data.Split((part.inputs - mean) / deviation, part.targets).to(self.context.device) for part in parts
+        )
+        test = test if kind == OBJECTS else test.take(min(config.test_rows, len(test)))
+        return self._cut(train, held, test, found.classes)
+
+    def _lines(self) -> Rows:
+        """Lines with some tokens hidden; what is hidden is the target, all else is ignored."""
+        config, count = self.config, self.config.text_rows
+        if config.text:
+            found = data.load(config.text)
+            splits = (found.train, found.validation, found.test)
+            cut = [split.inputs.reshape(-1, config.text_length) for split in splits]
+            whole, classes = [cut[0][:count], *cut[1:]], found.classes
+        else:
+            sizes = (count, config.samples + config.validation_rows, config.curve_rows)
+            told = [data.tell_stories(size, self.generator(8, part)) for part, size in enumerate(sizes)]
+            whole, classes = [stories.sentences.flatten(1) for stories in told], len(told[0].vocabulary)
+        parts = [_hide(tokens, self.generator(9, part)) for part, tokens in enumerate(whole)]
+        train, held, test = (part.to(self.context.device) for part in parts)
+        return self._cut(train, held, test, classes)
+
+    def _cut(self, train: data.Split, held: data.Split, test: data.Split, classes: int) -> Rows:
+        count, chosen = self.config.samples, self.config.validation_rows
+        validation = data.Split(held.inputs[count : count + chosen], held.targets[count : count + chosen])
+        return Rows(train, held.inputs[:count], validation, test, classes)
+
+    def initial(self, parent: Parent, rows: Rows) -> nn.Module:
+        """A parent at its initialisation."""
+        config, generator = self.config, self.generator(0, parent.index)
+        if parent.kind == LANGUAGE:
+            return _language_model(config, parent, rows, generator).to(self.context.device)
+        _, channels, size, _ = rows.train.inputs.shape
+        network: nn.Module
+        if parent.kind == DENSE:
+            width, features = parent.width, channels * size**2
+            network = models.mlp([features, width, width, width, rows.classes], generator, initial="he")
+        elif parent.kind == CONVOLUTIONAL:
+            widths = [parent.width // 4, parent.width // 2, parent.width]
+            network = models.five_conv_net(
+                generator, channels=channels, widths=widths, kernels=(3, 3, 3), pooled=(0, 1), norm=True
+            )
+        else:
+            network = models.VisionTransformer(
+                generator,
+                size=size,
+                patch=config.object_patch if parent.kind == OBJECTS else config.image_patch,
+                channels=channels,
+                dim=parent.width,
+                depth=config.depth,
+                heads=config.heads,
+                hidden=config.expansion * parent.width,
+                classes=rows.classes,
+            )
+        return network.to(self.context.device)
+
+    def parent(self, parent: Parent, rows: Rows, *, tuned: bool = False) -> nn.Module:
+        """A trained parent, or one that was finetuned after its training."""
+        network = self.initial(parent, rows)
+
+        def make() -> dict[str, Tensor]:
+            if tuned:
+                return self.tuned(self.parent(parent, rows), parent, rows)[0].state_dict()
+            rate = self.config.learning_rate
+            self._fit(network, parent.kind, rows, 1.0, rate, self.generator(1, parent.index), rises=True)
+            return network.state_dict()
+
+        network.load_state_dict(self.context.artifact(("tuned-" if tuned else "") + parent.name, make))
+        return network.eval()
+
+    def _epochs(self, kind: str) -> int:
+        config = self.config
+        own = {OBJECTS: config.object_epochs, IMAGES: config.image_epochs, LANGUAGE: config.text_epochs}
+        return own.get(kind, config.chain_epochs)
+
+    def tuned(self, network: nn.Module, anchor: Parent, rows: Rows) -> tuple[nn.Module, float]:
+        """A network trained on, at the learning rate that is best on the validation rows, and that rate."""
+        best: tuple[float, nn.Module, float] | None = None
+        for rate in self.config.tuned_rates:
+            trained = copy.deepcopy(network)
+            self._fit(trained, anchor.kind, rows, self.config.tuned_length, rate, self.generator(2))
+            merit = _merit(trained, rows.validation, anchor.kind)
+            if best is None or merit > best[0]:
+                best = merit, trained, rate
+        assert best is not None, "there is at least one learning rate"
+        return best[1], best[2]
+
+    def _fit(
+        self,
+        network: nn.Module,
+        kind: str,
+        rows: Rows,
+        length: float,
+        rate: float,
+        order: torch.Generator,
+        *,
+        rises: bool = False,
+    ) -> None:
+        """Train in place; the rate falls along a cosine, from scratch after it has risen to its highest."""
+        size = self.config.object_batch_size if kind == OBJECTS else self.config.batch_size
+        batch = min(size, len(rows.train))
+        steps = max(round(length * self._epochs(kind) * (len(rows.train) // batch)), 1)
+        one_cycle = partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=rate, total_steps=steps)
+        cosine = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=steps)
+        fit(
+            network,
+            rows.train.inputs,
+            rows.train.targets,
+            optimizer=partial(torch.optim.AdamW, lr=rate, weight_decay=self.config.weight_decay, fused=True),
+            steps=steps,
+            batch_size=batch,
+            generator=order,
+            loss=_loss,
+            scheduler=one_cycle if rises else cosine,
+        )
+        network.eval()
+
+
+def _hide(tokens: Tensor, generator: torch.Generator) -> data.Split:
+    """Tokens with some behind the mask, and those as targets."""
+    hidden = torch.rand(tokens.shape, generator=generator) < MASKED
+    return data.Split(tokens.masked_fill(hidden, MASK), tokens.masked_fill(~hidden, IGNORED))
+
+
+def _language_model(config: Config, parent: Parent, rows: Rows, generator: torch.Generator) -> nn.Module:
+    """A masked language model of Hugging Face's BERT, from a configuration."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    settings = BertConfig(
+        vocab_size=rows.classes,
+        hidden_size=parent.width,
+        num_hidden_layers=config.text_depth,
+        num_attention_heads=config.heads,
+        intermediate_size=config.expansion * parent.width,
+        max_position_embeddings=rows.train.inputs.shape[1],
+        type_vocab_size=1,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    with torch.random.fork_rng(devices=[]):  # it draws from the global generator
+        torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
+        return BertForMaskedLM(settings)
+
+
+def _scores(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output.logits
+
+
+def _loss(output: Any, targets: Tensor) -> Tensor:
+    """Mean cross entropy of whatever has a target."""
+    return F.cross_entropy(_scores(output).flatten(0, -2), targets.flatten(), ignore_index=IGNORED)
+
+
+@torch.no_grad()
+def _measured(network: nn.Module, rows: data.Split) -> tuple[float, float]:
+    """Mean loss and share of right answers over everything that has a target."""
+    loss, right, count = 0.0, 0, 0
+    for inputs, targets in zip(rows.inputs.split(SCORED), rows.targets.split(SCORED), strict=True):
+        scores = _scores(network(inputs))
+        asked = int((targets != IGNORED).sum())
+        loss += float(_loss(scores, targets)) * asked
+        right += int((scores.argmax(-1) == targets).sum())
+        count += asked
+    return loss / count, right / count
+
+
+def _merit(network: nn.Module, rows: data.Split, kind: str) -> float:
+    """What is chosen by: accuracy or, of a language model, loss."""
+    loss, accuracy = _measured(network, rows)
+    return -loss if kind == LANGUAGE else accuracy
+
+
+def measure(config: Config, arm: str, seed: int, context: Context) -> list[Record]:
+    """Merge, or leave alone, the parents of every trial that the arm takes part in."""
+    experiment = Experiment(config, seed, context)
+    concerned = [trial for trial in trials(config) if arm in trial.arms]
+    records: list[Record] = []
+    for index, trial in enumerate(concerned):
+        records += _tried(experiment, trial, arm)
+        context.progress((index + 1) / len(concerned))
+    if arm in MAIN and not importlib.util.find_spec("transformers"):
+        records.append({"trial": WITHOUT_TRANSFORMERS})
+    return records
+
+
+def _tried(experiment: Experiment, trial: Trial, arm: str) -> list[Record]:
+    """One arm in one trial: one-shot and, where it is due, finetuned; at the usual width also the curves."""
+    rows = experiment.rows(trial.anchor.kind)
+    record: dict[str, Any] = {"trial": trial.name, "width": trial.anchor.width}
+    if arm in ALONE:
+        record |= _alone(experiment, trial, arm, rows)
+        return _by_width(record)
+    parents = [experiment.parent(each, rows) for each in (trial.first, trial.anchor)]
+    network, strength = _merged(experiment.config, arm, parents, rows, trial.anchor.kind)
+    record |= _figures(network, rows.test) | {"strength": strength}
+    if trial.tuned and arm in FINETUNED_ARMS:
+        tuned, rate = experiment.tuned(network, trial.anchor, rows)
+        record |= _figures(tuned, rows.test, "tuned_") | {"tuned_rate": rate}
+    if trial.name != ONE_SHOT:
+        return [record]
+    return [*_by_width(record), *_curves(experiment.config, arm, parents, rows, network, strength)]
+
+
+def _by_width(record: dict[str, Any]) -> list[Record]:
+    """The one-shot trial is one of the widths too."""
+    return [record, {**record, "trial": WIDTHS}] if record["trial"] == ONE_SHOT else [record]
+
+
+def _figures(network: nn.Module, rows: data.Split, prefix: str = "") -> dict[str, float]:
+    loss, accuracy = _measured(network, rows)
+    return {f"{prefix}accuracy": accuracy, f"{prefix}loss": loss}
+
+
+def _alone(experiment: Experiment, trial: Trial, arm: str, rows: Rows) -> dict[str, float]:
+    """The anchor, the better of both parents on the test rows, or the ensemble of both; finetuned likewise."""
+    found: dict[str, float] = {}
+    for tuned in (False, True) if trial.tuned else (False,):
+        chosen = (trial.anchor,) if arm == ANCHOR else (trial.first, trial.anchor)
+        networks = [experiment.parent(parent, rows, tuned=tuned) for parent in chosen]
+        if arm == ENSEMBLE:
+            networks = [Ensemble(networks)]
+        figures = [_figures(network, rows.test, "tuned_" if tuned else "") for network in networks]
+        for name in figures[0]:
+            values = [each[name] for each in figures]
+            found[name] = min(values) if name.endswith("loss") else max(values)
+    return found
+
+
+def _merged(
+    config: Config, arm: str, parents: Sequence[nn.Module], rows: Rows, kind: str
+) -> tuple[nn.Module, float | None]:
+    """The arm's network, with the regularisation that is best on the validation rows if it has one."""
+    if arm == AVERAGE:
+        return average(parents).eval(), None
+    if arm == REBASIN:
+        return average([match_weights(parents[0], parents[1], rows.samples), parents[1]]).eval(), None
+    strengths: tuple[float | None, ...] = {EXACT: (None,), UNIFORM: (SPREAD,)}.get(arm, config.strengths)
+    best: tuple[float, nn.Module, float | None] | None = None
+    for strength in strengths:
+        network = _fused(arm, parents, rows, strength)
+        merit = _merit(network, rows.validation, kind) if len(strengths) > 1 else 0.0
+        if best is None or merit > best[0]:
+            best = merit, network, strength
+    assert best is not None, "there is at least one strength"
+    return best[1], best[2]
+
+
+def _fused(
+    arm: str,
+    parents: Sequence[nn.Module],
+    rows: Rows,
+    strength: float | None,
+    weights: Sequence[float] | None = None,
+) -> nn.Module:
+    solver = Exact() if strength is None else Sinkhorn(strength)
+    return fuse(parents, rows.samples, solver=solver, weights=weights, **VARIANTS[arm]).model.eval()
+
+
+def _curves(
+    config: Config, arm: str, parents: Sequence[nn.Module], rows: Rows, merged: nn.Module, strength: float | None
+) -> Iterable[Record]:
+    """Accuracy over the anchor's share, and over the regularisation, on some of the test rows."""
+    test = rows.test.take(min(config.curve_rows, len(rows.test)))
+    if arm in (AVERAGE, EXACT, SINKHORN):
+        known = {0.5: merged, 1.0: parents[1]}
+        for share in config.shares:
+            weights = [1 - share, share]
+            network = known.get(share)
+            if network is None:
+                network = average(parents, weights) if arm == AVERAGE else _fused(arm, parents, rows, strength, weights)
+            yield {"trial": SHARES, "share": share, **_figures(network.eval(), test)}
+    if arm == SINKHORN:
+        for each in config.curve:
+            yield {"trial": STRENGTHS, "strength": each, **_figures(_fused(arm, parents, rows, each), test)}
+
+
+def figure(results: Results) -> Figure:
+    """Accuracy along the way between the parents, over the regularisation, and of soft and hard plans over width."""
+    drawing = Figure(figsize=(11, 3.6), layout="constrained")
+    between, strengths, widths = drawing.subplots(1, 3)
+    colours = {AVERAGE: "C7", EXACT: "C1", SINKHORN: "C0", ANCHOR: "0.4", ENSEMBLE: "C2"}
+    for arm in (AVERAGE, EXACT, SINKHORN):
+        _line(between, results, arm, "share", SHARES, colours[arm])
+    _line(strengths, results, SINKHORN, "strength", STRENGTHS, colours[SINKHORN])
+    for arm in (EXACT, AVERAGE):
+        values = list(results.by_seed("accuracy", arm, {"trial": ONE_SHOT}).values())
+        strengths.axhline(bootstrap_mean(values).mean, color=colours[arm], linewidth=1, linestyle=":", label=arm)
+    strengths.set_xscale("log")
+    for arm in (AVERAGE, EXACT, SINKHORN, ANCHOR, ENSEMBLE):
+        _line(widths, results, arm, "width", WIDTHS, colours[arm])
+    ticks = results.select(SINKHORN, {"trial": WIDTHS}).coordinates("width")
+    widths.set_xscale("log", base=2)
+    widths.set_xticks(ticks, [str(width) for width in ticks])
+    names = ("the anchor's share", "regularisation", "width")
+    for axes, name in zip((between, strengths, widths), names, strict=True):
+        axes.set_xlabel(name)
+        axes.set_ylim(0, 1)
+    between.set_ylabel("one-shot test accuracy")
+    for axes in (strengths, widths):
+        axes.legend(fontsize=7, frameon=False)
+    return drawing
+
+
+def _line(axes: Axes, results: Results, arm: str, coordinate: str, trial: str, colour: str) -> None:
+    places = results.select(arm, {"trial": trial}).coordinates(coordinate)
+    points = [
+        bootstrap_mean(list(results.by_seed("accuracy", arm, {"trial": trial, coordinate: place}).values()))
+        for place in places
+    ]
+    axes.plot(places, [point.mean for point in points], "o-", color=colour, markersize=3, linewidth=1.2, label=arm)
+    if points and all(point.high < float("inf") for point in points):
+        low, high = [point.low for point in points], [point.high for point in points]
+        axes.fill_between(places, low, high, color=colour, alpha=0.12, linewidth=0)
+
+
+def _in(trial: str) -> Mapping[str, str]:
+    return {"trial": trial}
+
+
+study = Study(
+    slug="transformer-fusion",
+    paper=Paper(
+        title="Transformer Fusion with Optimal Transport",
+        authors="Moritz Imfeld, Jacopo Graldi, Marco Giordano, Thomas Hofmann, Sotiris Anagnostidis, Sidak Pal Singh",
+        year=2024,
+        venue="ICLR 2024",
+        arxiv="2310.05719",
+    ),
+    method="etude.merge.fusion, etude.merge.walking, etude.merge.alignment, etude.merge.maps, etude.merge.pairing, "
+    "etude.merge.sampling, etude.merge.rebasin, etude.merge.averaging",
+    presets=PRESETS,
+    arms=ARMS,
+    measure=measure,
+    claims=(
+        Claim(
+            "C1",
+            "Without any training, a vision transformer fused by optimal transport beats the plain average of its "
+            "parents.",
+            paper="ViT on CIFAR-10: about 60 % against 8 %",
+            rule=better(SINKHORN, than=AVERAGE, metric="accuracy", where=_in(ONE_SHOT)),
+        ),
+        Claim(
+            "C2",
+            "Soft alignment matters in transformers: Sinkhorn's plans beat exact ones.",
+            paper="Ablation, ViT on CIFAR-10",
+            rule=better(SINKHORN, than=EXACT, metric="accuracy", where=_in(ONE_SHOT)),
+        ),
+        Claim(
+            "C2b",
+            "In fully connected networks it does not: exact plans are as good as soft ones.",
+            paper="In contrast to the simple architectures of earlier work",
+            rule=no_worse(EXACT, than=SINKHORN, metric="accuracy", margin=0.01, where=_in(DENSE)),
+        ),
+        Claim(
+            "C3",
+            "After a short finetuning the fused network beats both of its converged parents, trained on for as long.",
+            paper="ViT on CIFAR-10, CIFAR-100, Tiny ImageNet and ImageNet-1k",
+            rule=better(SINKHORN, than=PARENT, metric="tuned_accuracy", where=_in(FINETUNED)),
+        ),
+        Claim(
+            "C4",
+            "It also beats the plain average finetuned alike.",
+            paper="ViT on CIFAR-10, CIFAR-100, Tiny ImageNet and ImageNet-1k",
+            rule=better(SINKHORN, than=AVERAGE, metric="tuned_accuracy", where=_in(FINETUNED)),
+        ),
+        Claim(
+            "C5",
+            "A wide parent fused into a narrow one makes, finetuned, a better narrow network than the narrow parent.",
+            paper="Heterogeneous fusion, ViT on CIFAR-100",
+            rule=better(SINKHORN, than=ANCHOR, metric="tuned_accuracy", where=_in(NARROWER)),
+        ),
+        Claim(
+            "C5b",
+            "So does a narrow parent fused into a wide one.",
+            paper="Heterogeneous fusion, ViT on CIFAR-100",
+            rule=better(SINKHORN, than=ANCHOR, metric="tuned_accuracy", where=_in(WIDER)),
+        ),
+        Claim(
+            "C6",
+            "Without any training, a fused BERT predicts masked tokens better than the plain average.",
+            paper="BERT, masked language modelling",
+            rule=better(SINKHORN, than=AVERAGE, metric="loss", where=_in(LANGUAGE), lower=True),
+        ),
+        Claim(
+            "C6b",
+            "After a short finetuning it predicts them better than both of its parents, trained on for as long.",
+            paper="BERT, masked language modelling and GLUE",
+            rule=better(SINKHORN, than=PARENT, metric="tuned_loss", where=_in(LANGUAGE), lower=True),
+        ),
+        Claim(
+            "C7",
+            "How plans pass a residual sum matters: their mean, and both weighted means, beat either plan alone.",
+            paper="Ablation, ViT on CIFAR-10",
+            rule=all_of(
+                *(
+                    better(arm, than=alone, metric="accuracy", where=_in(ONE_SHOT))
+                    for arm in (SINKHORN, SCALAR, MATRIX)
+                    for alone in (BRANCH, STREAM)
+                )
+            ),
+        ),
+        Claim(
+            "C7b",
+            "Aligning attention across heads beats aligning head by head.",
+            paper="Ablation, ViT on CIFAR-10",
+            rule=better(SINKHORN, than=WITHIN, metric="accuracy", where=_in(ONE_SHOT)),
+        ),
+        Claim(
+            "C8",
+            "The abstraction carries over to other architectures: fused fully connected and convolutional networks "
+            "beat the plain average too.",
+            paper="In principle any architecture",
+            rule=all_of(
+                better(SINKHORN, than=AVERAGE, metric="accuracy", where=_in(DENSE)),
+                better(SINKHORN, than=AVERAGE, metric="accuracy", where=_in(CONVOLUTIONAL)),
+            ),
+        ),
+        Claim(
+            "C9",
+            "The ensemble of both parents, finetuned alike, remains more accurate than the fused and finetuned "
+            "network.",
+            paper="ViT, at twice the cost",
+            rule=better(ENSEMBLE, than=SINKHORN, metric="tuned_accuracy", where=_in(FINETUNED)),
+        ),
+    ),
+    figure=figure,
+    usage="""from etude.merge import fuse
+
+fused = fuse([model_a, model_b], images)   # two trained networks of one task, and a few hundred inputs
+network = fused.model                      # of model_b's size: finetune it shortly
+""",
+    headline="accuracy",
+)
