@@ -670,36 +670,51 @@ study = Study(
             "parents.",
             paper="ViT on CIFAR-10: about 60 % against 8 %",
             rule=better(SINKHORN, than=AVERAGE, metric="accuracy", where=_in(ONE_SHOT)),
+            note="Not all of it is alignment. Plans that spread every neuron evenly over all, and so know nothing of "
+            "either network, reach .58 on average, where Sinkhorn's reach .65 and the plain average .30: much "
+            "of the gain over the plain average is that soft plans fade the other parent out and let the "
+            "anchor's own weights show through. Git Re-Basin reaches .65 as well, and Sinkhorn on weights .70.",
         ),
         Claim(
             "C2",
             "Soft alignment matters in transformers: Sinkhorn's plans beat exact ones.",
             paper="Ablation, ViT on CIFAR-10",
             rule=better(SINKHORN, than=EXACT, metric="accuracy", where=_in(ONE_SHOT)),
+            note="The gap opens with width, from a point at 16 to twelve at 64, as the paper's would lead one to "
+            "expect. Uniform plans lie between the two: see C1.",
         ),
         Claim(
             "C2b",
             "In fully connected networks it does not: exact plans are as good as soft ones.",
             paper="In contrast to the simple architectures of earlier work",
             rule=no_worse(EXACT, than=SINKHORN, metric="accuracy", margin=0.01, where=_in(DENSE)),
+            note="A fully connected network of rectifiers also prefers soft plans here, by a similar amount, so the "
+            "contrast is not seen. Its two hidden layers are narrow (32 units), and the regularisation was "
+            "chosen for the soft plans on validation rows.",
         ),
         Claim(
             "C3",
             "After a short finetuning the fused network beats both of its converged parents, trained on for as long.",
             paper="ViT on CIFAR-10, CIFAR-100, Tiny ImageNet and ImageNet-1k",
             rule=better(SINKHORN, than=PARENT, metric="tuned_accuracy", where=_in(FINETUNED)),
+            note="Holds where parents are trained until they overfit, as here: 2,000 images, 24 epochs. On tuning "
+            "seeds with 5,000 images and 12 epochs there was no gain. Uniform plans, finetuned, gain as much, "
+            "so what helps is a restart from a network half undone rather than what the plans know.",
         ),
         Claim(
             "C4",
             "It also beats the plain average finetuned alike.",
             paper="ViT on CIFAR-10, CIFAR-100, Tiny ImageNet and ImageNet-1k",
             rule=better(SINKHORN, than=AVERAGE, metric="tuned_accuracy", where=_in(FINETUNED)),
+            note="By a point. The plain average, finetuned, is as good as the better parent, .346 against .342.",
         ),
         Claim(
             "C5",
             "A wide parent fused into a narrow one makes, finetuned, a better narrow network than the narrow parent.",
             paper="Heterogeneous fusion, ViT on CIFAR-100",
             rule=better(SINKHORN, than=ANCHOR, metric="tuned_accuracy", where=_in(NARROWER)),
+            note="One-shot, the fused narrow network is five points below the narrow parent; the short finetuning "
+            "wins these back and no more.",
         ),
         Claim(
             "C5b",
@@ -718,6 +733,10 @@ study = Study(
             "After a short finetuning it predicts them better than both of its parents, trained on for as long.",
             paper="BERT, masked language modelling and GLUE",
             rule=better(SINKHORN, than=PARENT, metric="tuned_loss", where=_in(LANGUAGE), lower=True),
+            note="The language models are not converged: some parents have only just left the plateau at which a "
+            "model knows the characters' frequencies, and in four of five seeds the anchor is the worse of the "
+            "two. A network fused into an anchor that has learned little is no better than the anchor; the "
+            "better parent stays ahead.",
         ),
         Claim(
             "C7",
@@ -730,12 +749,15 @@ study = Study(
                     for alone in (BRANCH, STREAM)
                 )
             ),
+            note="No policy stands out but the identity, which is worse. The width is small, and all maps through "
+            "the stream are soft and much alike.",
         ),
         Claim(
             "C7b",
             "Aligning attention across heads beats aligning head by head.",
             paper="Ablation, ViT on CIFAR-10",
             rule=better(SINKHORN, than=WITHIN, metric="accuracy", where=_in(ONE_SHOT)),
+            note="The two differ by less than a point in each seed.",
         ),
         Claim(
             "C8",
@@ -753,6 +775,7 @@ study = Study(
             "network.",
             paper="ViT, at twice the cost",
             rule=better(ENSEMBLE, than=SINKHORN, metric="tuned_accuracy", where=_in(FINETUNED)),
+            note="The fused and finetuned network is within half a point of the ensemble, at half its cost.",
         ),
     ),
     figure=figure,
