@@ -214,6 +214,16 @@ def test_linear_images_are_predictable_and_others_are_not():
     assert found.rank == 12
 
 
+def test_a_unit_that_hardly_ever_fires_does_not_decide_what_is_predictable():
+    draw = torch.Generator().manual_seed(0)
+    one = torch.randn(400, 6, generator=draw).double()
+    other = one @ torch.randn(6, 4, generator=draw).double()
+    rare = torch.zeros(400, 1, dtype=torch.float64)
+    rare[3], rare[390] = 1e-3, 0.5  # hardly alive on the rows of the fit, awake on those of the score
+    found = overlap(torch.cat([one, rare, other, rare], 1), (7, 5))
+    assert 0.95 < found.predictable[0, 1] <= 1
+
+
 # Episodes
 
 

@@ -71,8 +71,8 @@ def overlap(
     Args:
         features: ``cat.extract(...)``.
         widths: ``cat.widths``.
-        penalty: of the linear maps, which are fitted on half of the rows and scored on the other half, on features of
-            unit variance.
+        penalty: of the linear maps, which are fitted on half of the rows and scored on the other half, on features
+            scaled together to a mean variance of 1.
         rows: at most so many are used: the Gram matrices take their square.
 
     >>> draw = torch.Generator().manual_seed(0)
@@ -126,17 +126,17 @@ def _gram(x: Tensor) -> Tensor:
 def _explained(one: Tensor, other: Tensor, penalty: float) -> Tensor:
     """Share of the second's variance that a ridge regression on the first explains on the second half of the rows."""
     half = len(one) // 2
-    x, y = _standard(one, half), _standard(other, half)
+    x, y = _scaled(one, half), _scaled(other, half)
     covariance = x[:half].T @ x[:half] / half + penalty * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     weights = torch.linalg.solve(covariance, x[:half].T @ y[:half] / half)
     left = (y[half:] - x[half:] @ weights).square().sum()
     return 1 - left / (y[half:] - y[half:].mean(0)).square().sum().clamp(min=torch.finfo(x.dtype).tiny)
 
 
-def _standard(x: Tensor, half: int) -> Tensor:
-    deviation, mean = torch.std_mean(x[:half], 0, correction=0)
-    live = deviation > 1e-6 * deviation.max()
-    return (x - mean)[:, live] / deviation[live]
+def _scaled(x: Tensor, half: int) -> Tensor:
+    """Features around their means, scaled together: by itself, a unit that hardly ever fires would outweigh the rest."""
+    variance, mean = torch.var_mean(x[:half], 0, correction=0)
+    return (x - mean) / variance.mean().sqrt().clamp(min=torch.finfo(x.dtype).tiny)
 
 
 def _rank(x: Tensor) -> int:
