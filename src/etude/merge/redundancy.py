@@ -134,7 +134,7 @@ def _explained(one: Tensor, other: Tensor, penalty: float) -> Tensor:
 
 
 def _scaled(x: Tensor, half: int) -> Tensor:
-    """Features around their means, scaled together: by itself, a unit that hardly ever fires would outweigh the rest."""
+    """Features around their means, scaled together: alone, a unit that hardly ever fires would outweigh the rest."""
     variance, mean = torch.var_mean(x[:half], 0, correction=0)
     return (x - mean) / variance.mean().sqrt().clamp(min=torch.finfo(x.dtype).tiny)
 
