@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from etude.core.checks import InputError, UnsupportedModuleError, check_at_least, nearest
+from etude.core.modes import evaluating
 from etude.core.sites import capture, unit_axis, units
 from etude.core.sites import sites as list_sites
 
@@ -117,7 +117,7 @@ def _activations(
     model: nn.Module, batch: Any, names: Mapping[str, str], axes: Mapping[str, int | None], images: int
 ) -> dict[str, Tensor]:
     """What one network does at each site, units last: (images, *positions, units)."""
-    with torch.no_grad(), _evaluating(model), capture(model, names.values()) as activations:
+    with torch.no_grad(), evaluating(model), capture(model, names.values()) as activations:
         _forward(model, batch)
     tables = {}
     for site, name in names.items():
@@ -155,18 +155,6 @@ def _drawn(
     chosen = chances.topk(positions, 1).indices
     kept = [table.gather(1, chosen[..., None].expand(-1, -1, table.shape[-1])) for table in tables]
     return Observation(kept, None if seen is None else seen.gather(1, chosen))
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the time being; each module's own mode is put back."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _forward(model: nn.Module, batch: Any) -> None:

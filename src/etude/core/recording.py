@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from etude.core.checks import InputError, UnsupportedModuleError
+from etude.core.modes import evaluating
 
 __all__ = ["Inputs", "Program", "arguments", "batches"]
 
@@ -174,21 +175,17 @@ def _check_plain(model: nn.Module) -> None:
 @contextmanager
 def _for_recording(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no fused attention kernels, no caches of past keys among the outputs; all put back after."""
-    training = {module: module.training for module in model.modules()}
     fast = torch.backends.mha.get_fastpath_enabled()
     configuration: Any = getattr(model, "config", None)
     caching = getattr(configuration, "use_cache", None)
     torch.backends.mha.set_fastpath_enabled(False)
-    model.eval()
     if caching:
         configuration.use_cache = False
     try:
-        with warnings.catch_warnings():
+        with evaluating(model), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the recorder, on how modules keep their tensors
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        for module, mode in training.items():
-            module.training = mode
         if caching:
             configuration.use_cache = caching

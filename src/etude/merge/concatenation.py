@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from etude.core.checks import InputError, UnsupportedModuleError, check_at_least, check_one_of
+from etude.core.modes import evaluating
 from etude.core.recording import Inputs, arguments
 from etude.core.replicas import Replicas
 from etude.core.sites import capture, sites
@@ -352,7 +353,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _check_fits(model: nn.Module, batch: Inputs, where: str) -> None:
     args, kwargs = arguments(batch)
-    with _evaluating(model):
+    with torch.no_grad(), evaluating(model):
         try:
             model(*args, **kwargs)
         except (RuntimeError, TypeError, ValueError) as error:
@@ -367,7 +368,7 @@ def _classifier(model: nn.Module, batch: Inputs, where: str, needed: bool) -> tu
     """The linear layer whose output is the model's."""
     paths = [path for path, module in model.named_modules() if _is_linear(module)]
     args, kwargs = arguments(batch)
-    with _evaluating(model), capture(model, paths) as activations:
+    with torch.no_grad(), evaluating(model), capture(model, paths) as activations:
         output = model(*args, **kwargs)
     for path in reversed(list(activations)):
         calls = activations.calls(path)
@@ -393,7 +394,7 @@ def _outputs(output: Any) -> list[Tensor]:
 def _read_unchanged(model: nn.Module, path: str, batch: Inputs, features: Tensor) -> bool:
     """Whether the classifier at ``path`` is given exactly the features."""
     args, kwargs = arguments(batch)
-    with _evaluating(model), capture(model, f"{path}:input") as activations:
+    with torch.no_grad(), evaluating(model), capture(model, f"{path}:input") as activations:
         model(*args, **kwargs)
     given = activations[f"{path}:input"]
     return given.shape == features.shape and torch.equal(given, features)
@@ -402,7 +403,7 @@ def _read_unchanged(model: nn.Module, path: str, batch: Inputs, features: Tensor
 def _tried(trunk: Trunk, batch: Inputs, where: str) -> Tensor:
     """The features of the example batch, which must be a function of it."""
     args, kwargs = arguments(batch)
-    with _evaluating(trunk):
+    with torch.no_grad(), evaluating(trunk):
         try:
             first, second = trunk(*args, **kwargs), trunk(*args, **kwargs)
         except InputError as error:
@@ -414,24 +415,6 @@ def _tried(trunk: Trunk, batch: Inputs, where: str) -> Tensor:
             instead="remove what draws there, e.g. dropout that ignores the mode",
         )
     return first
-
-
-class _evaluating:  # noqa: N801 - reads as a word of the with statement
-    """A network in evaluation mode without gradients; each module gets its own mode back."""
-
-    def __init__(self, model: nn.Module):
-        self._modes = [(module, module.training) for module in model.modules()]
-        self._model = model
-        self._grad = torch.no_grad()
-
-    def __enter__(self) -> None:
-        self._model.eval()
-        self._grad.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self._grad.__exit__(*error)
-        for module, mode in self._modes:
-            module.training = mode
 
 
 def _without(network: nn.Module, path: str) -> nn.Module:

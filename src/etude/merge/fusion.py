@@ -13,8 +13,7 @@ The walk follows `etude.core.flow`, not module names: it takes whatever that can
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 from etude.core.checks import InputError, check_one_of
 from etude.core.flow import Layer, trace
+from etude.core.modes import evaluating
 from etude.merge.alignment import NORMALISATIONS, GroundCost, Sinkhorn, Solver
 from etude.merge.averaging import check_weights
 from etude.merge.pairing import step_name
@@ -157,7 +157,7 @@ def fuse(
         sinkhorn_for_widening,
     )
     shown = gathered(inputs)
-    with torch.no_grad(), _evaluating(models):
+    with torch.no_grad(), evaluating(*models):
         if loss_threshold is not None and targets is not None:
             shown = well_fitted(models, shown, targets, loss_threshold)
         flows = [trace(model, example(shown)) for model in models]
@@ -231,14 +231,3 @@ def _check_choices(
         raise InputError(
             "one is given without the other", where="targets, loss_threshold", instead="give both or neither"
         )
-
-
-@contextmanager
-def _evaluating(models: Sequence[nn.Module]) -> Iterator[None]:
-    """Evaluation mode for all modules, put back after."""
-    with ExitStack() as after:
-        for model in models:
-            for module in model.modules():
-                after.callback(setattr, module, "training", module.training)
-            model.eval()
-        yield

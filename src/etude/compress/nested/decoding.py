@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from etude.compress.nested.exits import always, one_stack, recorded, shortened
 from etude.compress.nested.space import SubnetSpace, chosen_rows
-from etude.compress.nested.stacks import evaluating
+from etude.compress.nested.stacks import scoring
 from etude.core.checks import check_at_least, check_fraction
 from etude.core.recording import Inputs, arguments
 
@@ -76,7 +76,7 @@ def exit_early(
     exits = tuple(dict.fromkeys(space.axes[axis].choices))
     model, container = space.model, space.model.get_submodule(stack.path)
     rows, found, before, answer = None, [], 0, None
-    with evaluating(model):
+    with scoring(model):
         for depth in exits:
             names = [name for block in stack.blocks[before:depth] for name in block]
             if before:  # the block before was run already, and only gives again what it gave
@@ -137,7 +137,7 @@ def speculate(
     check_fraction("confidence", confidence, zero=True, one=True)
     size, end = space.size(draft), tokens.shape[1] + steps
     drafted = accepted = passes = 0
-    with evaluating(space.model):
+    with scoring(space.model):
         while tokens.shape[1] < end:
             proposal = tokens
             with space.activate(size):

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from etude.compress.nested.axes import Size
-from etude.compress.nested.stacks import evaluating
+from etude.compress.nested.stacks import scoring
 from etude.core.checks import InputError
 from etude.core.recording import Inputs, arguments
 
@@ -24,7 +24,7 @@ def count_flops(model: nn.Module, inputs: Inputs) -> int:
     """Floating-point operations of one forward; a multiplication and an addition are two."""
     positional, keywords = arguments(inputs)
     # Fused attention kernels for the CPU have no entry in torch's table of costs.
-    with evaluating(model), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with scoring(model), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(*positional, **keywords)
     return int(counter.get_total_flops())
 
@@ -34,7 +34,7 @@ def measure_latency(model: nn.Module, inputs: Inputs, repeats: int) -> float:
     positional, keywords = arguments(inputs)
     on_gpu = any(parameter.is_cuda for parameter in model.parameters())
     seconds = []
-    with evaluating(model):
+    with scoring(model):
         for _ in range(repeats + 1):
             started = time.perf_counter()
             model(*positional, **keywords)

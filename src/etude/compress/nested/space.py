@@ -21,7 +21,7 @@ from etude.compress.nested.selection import (
     smallest_within,
 )
 from etude.compress.nested.slicing import Plan, Slicer, region
-from etude.compress.nested.stacks import Stack, evaluating, tensors
+from etude.compress.nested.stacks import Stack, scoring, tensors
 from etude.compress.nested.statistics import batch_norms, claim_own, recalibrate
 from etude.core.checks import InputError, UnsupportedModuleError, check_one_of, nearest
 from etude.core.recording import Inputs, arguments
@@ -313,9 +313,9 @@ class SubnetSpace:
     def _scored(self, metric: Score, size: Size, batches: Any = None) -> float:
         if batches is not None and any(True for _ in batch_norms(self.model)):
             network = self.extract(size, batches)
-            with evaluating(network):
+            with scoring(network):
                 return float(metric(network))
-        with evaluating(self.model), self.activate(size) as model:
+        with scoring(self.model), self.activate(size) as model:
             return float(metric(model))
 
     # -- choosing ---------------------------------------------------------------------------------------------
@@ -386,7 +386,7 @@ class SubnetSpace:
         generator = torch.Generator().manual_seed(0)
         random = [self._sizes[i] for i in torch.randperm(len(self), generator=generator)[:TRIED].tolist()]
         wanted = None
-        with evaluating(self.model):
+        with scoring(self.model):
             for size in dict.fromkeys([self.full, self.smallest, *random]):
                 found = self._shapes(size)
                 wanted = found if wanted is None else wanted

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from etude.compress.nested.axes import Depth
 from etude.core.checks import InputError, UnsupportedModuleError, nearest
+from etude.core.modes import evaluating
 from etude.core.recording import Inputs, arguments
 
 __all__ = ["Stack", "evaluating", "find_stacks", "tensors"]
@@ -68,12 +69,10 @@ def find_stacks(model: nn.Module, name: str, axis: Depth, inputs: Inputs) -> tup
     return stacks
 
 
-def evaluating(model: nn.Module) -> ExitStack:
+def scoring(model: nn.Module) -> ExitStack:
     """A context in which the model is in evaluation mode and no graph is made; each module's mode is put back."""
     stack = ExitStack()
-    for module in model.modules():
-        stack.callback(setattr, module, "training", module.training)
-    model.eval()
+    stack.enter_context(evaluating(model))
     stack.enter_context(torch.no_grad())
     return stack
 
@@ -149,7 +148,7 @@ def _shapes(model: nn.Module, paths: list[str], inputs: Inputs) -> dict[str, tup
         hooks.callback(child.register_forward_hook(keep, with_kwargs=True).remove)
 
     positional, keywords = arguments(inputs)
-    with evaluating(model) as hooks:
+    with scoring(model) as hooks:
         for path in paths:
             for name, child in model.get_submodule(path).named_children():
                 watch(f"{path}.{name}" if path else name, child)

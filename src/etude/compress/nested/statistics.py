@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from etude.compress.nested.stacks import evaluating
+from etude.compress.nested.stacks import scoring
 from etude.core.checks import InputError
 from etude.core.recording import Inputs, arguments
 
@@ -39,7 +39,7 @@ def recalibrate(model: nn.Module, batches: Inputs | Iterable[Inputs]) -> nn.Modu
     given = _listed(batches)
     if not norms:
         return model
-    with evaluating(model) as stack:
+    with scoring(model) as stack:
         for module in norms:
             stack.callback(setattr, module, "momentum", module.momentum)
             module.reset_running_stats()

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from etude.compress.quantize.model import evaluating
 from etude.core.checks import InputError, check_at_least
+from etude.core.modes import evaluating
 
 __all__ = ["Estimate", "hessian_eigenvalues", "hessian_traces"]
 

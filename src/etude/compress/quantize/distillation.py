@@ -13,8 +13,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from etude.compress.quantize.layers import QuantizedLayer
-from etude.compress.quantize.model import calls, evaluating, replace_modules
+from etude.compress.quantize.model import calls, replace_modules
 from etude.core.checks import InputError, check_at_least
+from etude.core.modes import evaluating
 from etude.core.sites import capture, unit_axis
 
 __all__ = ["Distillation", "Hints", "float_self"]

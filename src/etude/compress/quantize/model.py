@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -16,9 +16,10 @@ from etude.compress.quantize.layers import QuantizedLayer, SplitAttention, is_co
 from etude.compress.quantize.quantizers import DynamicQuantizer
 from etude.compress.quantize.schemes import Codebook, InputMoments, Scheme
 from etude.core.checks import InputError, UnsupportedModuleError
+from etude.core.modes import evaluating
 from etude.core.sites import sites
 
-__all__ = ["calls", "evaluating", "input_moments", "observe", "quantize", "quantized_layers", "replace_modules"]
+__all__ = ["calls", "input_moments", "observe", "quantize", "quantized_layers", "replace_modules"]
 
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any] | Iterable[Any]
 Policy = Scheme | tuple[Scheme | None, Scheme | None] | None
@@ -234,18 +235,6 @@ def calls(inputs: Inputs) -> Iterator[tuple[tuple[Any, ...], Mapping[str, Any]]]
             yield (), batch
         else:
             yield tuple(batch) if isinstance(batch, tuple | list) else (batch,), {}
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode while the block runs; every module then has its own mode back."""
-    before = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
 
 
 def _split_attention(network: nn.Module, original: nn.Module, skip: Sequence[str]) -> nn.Module:

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from etude.compress.quantize.bias import layers_of
 from etude.compress.quantize.layers import QuantizedLayer, layer_layout, output_first, run_layer
 from etude.compress.quantize.learned import Stepped
-from etude.compress.quantize.model import Inputs, calls, evaluating
+from etude.compress.quantize.model import Inputs, calls
 from etude.compress.quantize.quantizers import UniformQuantizer
 from etude.compress.quantize.schemes import TINY
 from etude.core.checks import InputError, UnsupportedModuleError, check_at_least, check_fraction
+from etude.core.modes import evaluating
 from etude.core.sites import sites
 
 __all__ = ["adapt_rounding", "adapt_weights"]

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from etude.compress.quantize.curvature import Loss, hessian_eigenvalues, hessian_traces
 from etude.compress.quantize.granularity import PerChannel
 from etude.compress.quantize.layers import QuantizedLayer, output_first
-from etude.compress.quantize.model import Inputs, calls, evaluating, quantize, quantized_layers
+from etude.compress.quantize.model import Inputs, calls, quantize, quantized_layers
 from etude.compress.quantize.schemes import Scheme, Uniform
 from etude.core.checks import InputError, UnsupportedModuleError, check_at_least, check_one_of
+from etude.core.modes import evaluating
 
 __all__ = ["Sensitivity", "channelwise", "latencies", "layer_sensitivity", "multiplications"]
 

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from etude.compress.quantize.model import evaluating
 from etude.compress.quantize.post_training import FoldedNorm
 from etude.core.checks import InputError, check_at_least
+from etude.core.modes import evaluating
 
 __all__ = ["GenerativeData", "ImageGenerator", "statistics_loss", "synthesize"]
 
